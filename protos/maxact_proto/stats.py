@@ -1,0 +1,89 @@
+"""Hop 1/9: what is measured. One row per statistic: name, unit, merge rule, help.
+
+Everything downstream derives from this table: the columns of the plugin's accumulators, the order of floats on the
+wire, merging across ranks and windows, the metric catalogue and the panels. A statistic is raw and sufficient: ratios
+(rms, crest factor, headroom) are derived where they are read, never shipped or merged.
+
+One value is kept per (phase, site, statistic). The phases are disjoint, so that their sums are the totals:
+
+- ``first``: position 0 of a sequence (where massive activations live; without BOS it is the first prompt token),
+- ``prefill``: every other prompt token that was computed (tokens served from the prefix cache are not recomputed),
+- ``decode``: tokens behind the prompt, drafts of speculative decoding included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Values = npt.NDArray[np.float32]
+"""Statistics, float32, shape ``[..., num_phases, num_sites, num_stats]`` in the order of PHASES and STATS."""
+
+Merge = Literal["max", "min", "sum"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stat:
+    """One statistic of one site: what it is and how two partial values become one."""
+
+    name: str
+    unit: str
+    merge: Merge
+    """Rule for two windows or two shards. An extreme is never averaged."""
+    help: str
+
+    @property
+    def identity(self) -> float:
+        """The value of a site that saw nothing: merging it changes nothing."""
+        return {"max": -np.inf, "min": np.inf, "sum": 0.0}[self.merge]
+
+
+STATS: Final = (
+    Stat(name="max", unit="activation", merge="max", help="Largest signed value"),
+    Stat(name="min", unit="activation", merge="min", help="Smallest signed value"),
+    Stat(name="sum_squares", unit="activation squared", merge="sum", help="Sum of squares over all elements"),
+    Stat(name="sum_abs", unit="activation", merge="sum", help="Sum of magnitudes over all elements"),
+    Stat(name="nonfinite", unit="tokens", merge="sum", help="Token rows holding a NaN or an infinity; in no other column"),
+)
+MAX, MIN, SUM_SQUARES, SUM_ABS, NONFINITE = range(len(STATS))
+NUM_EXTREMA: Final = 2
+"""The first columns, MAX and MIN, are also kept over the lifetime of a worker."""
+
+PHASES: Final = ("first", "prefill", "decode")
+FIRST, PREFILL, DECODE = range(len(PHASES))
+
+SITES: Final = {
+    "embedding": "token embedding output",
+    "hidden": "residual stream after a decoder layer",
+    "attn_input": "input of the q/k/v projection",
+    "o_proj_input": "input of the attention output projection",
+    "attn_output": "attention block output, before any post-norm and the residual add",
+    "mlp_input": "input of the gate/up projection",
+    "down_proj_input": "input of the down projection",
+    "mlp_output": "MLP block output, before any post-norm and the residual add",
+    "final_norm": "final norm output",
+}
+"""Site names in the order a token meets them, and what tensor each one is. ``embedding`` and ``final_norm`` have no layer."""
+
+_IDENTITIES: Final = np.array([stat.identity for stat in STATS], dtype=np.float32)
+_SUM_COLUMNS: Final = [index for index, stat in enumerate(STATS) if stat.merge == "sum"]
+
+
+def empty(num_sites: int) -> Values:
+    """Statistics of ``num_sites`` sites that saw nothing, shape ``[num_phases, num_sites, num_stats]``."""
+    return np.tile(_IDENTITIES, (len(PHASES), num_sites, 1))
+
+
+def merge_into(target: Values, other: Values) -> None:
+    """Merge ``other`` into ``target`` in place, by each statistic's rule; both ``[..., num_stats]``."""
+    np.maximum(target[..., MAX], other[..., MAX], out=target[..., MAX])
+    np.minimum(target[..., MIN], other[..., MIN], out=target[..., MIN])
+    target[..., _SUM_COLUMNS] += other[..., _SUM_COLUMNS]
+
+
+def absmax(values: Values) -> npt.NDArray[np.float32]:
+    """``max |x|`` per site, ``[...]`` from ``[..., num_stats]``; ``-inf`` where nothing was seen."""
+    return np.maximum(values[..., MAX], -values[..., MIN])

@@ -1,0 +1,216 @@
+"""Hop 6/9: dataclass <-> bytes. From the plugin's stream to the sidecar's ingest; the only user of the generated messages.
+
+Decoding is where foreign bytes become arrays, so every limit is enforced here: a message that breaks one raises
+`WireError` naming the field, and the sidecar ends that stream. Values travel as one little-endian float32 ``bytes``
+field: for 1,000 sites x 8 statistics that was measured 15 times cheaper than repeated floats and 40 times cheaper than
+nested messages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from maxact_proto import stats
+from maxact_proto.v1 import telemetry_pb2 as pb
+
+MAX_SITES = 20_000
+MAX_STRING = 512
+MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+"""gRPC limit of both ends: 20,000 sites x 3 phases x (5 + 2) floats are 1.7 MB."""
+
+_FLOAT32 = np.dtype("<f4")
+
+
+class WireError(ValueError):
+    """A message that does not keep the contract. ``field`` names the offender."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """One observed tensor: ``name`` of ``stats.SITES`` in decoder layer ``layer`` (None: outside the layers)."""
+
+    layer: int | None
+    name: str
+    width: int
+    """Elements per token on this rank."""
+    sharded: bool
+    """True where tensor-parallel ranks hold slices that add up, False where each holds the whole."""
+    module: str = ""
+    """Module path in the served model, for people."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Who a worker is and which sites its windows hold, in order."""
+
+    model: str
+    engine: str
+    """The data-parallel rank unless the operator chose a name."""
+    instance: str
+    """Drawn anew by every vLLM start, shared by its workers."""
+    sites: tuple[Site, ...]
+    model_type: str = ""
+    dtype: str = ""
+    tp_rank: int = 0
+    tp_size: int = 1
+    pp_rank: int = 0
+    pp_size: int = 1
+    interval_seconds: float = 1.0
+    vllm_version: str = ""
+    maxact_version: str = ""
+
+    @property
+    def rank(self) -> str:
+        """Name of the worker within its engine, for example ``pp0tp1``."""
+        return f"pp{self.pp_rank}tp{self.tp_rank}"
+
+
+@dataclass(kw_only=True, slots=True)
+class Window:
+    """Statistics of one time span of one worker. Seconds are wall clock since the epoch."""
+
+    layout_id: int
+    sequence: int
+    start_seconds: float
+    end_seconds: float
+    tokens: tuple[int, ...]
+    """Token rows that went through the model, per phase."""
+    values: stats.Values
+    """float32 ``[num_phases, num_sites, num_stats]``."""
+    lifetime: stats.Values
+    """float32 ``[num_phases, num_sites, 2]``: (max, min) since the worker started."""
+    coalesced: int = 0
+
+
+def encode_layout(layout: Layout) -> pb.StreamRequest:
+    """The first request of a stream."""
+    message = pb.Layout(
+        model=layout.model,
+        engine=layout.engine,
+        instance=layout.instance,
+        tensor_parallel_rank=layout.tp_rank,
+        tensor_parallel_size=layout.tp_size,
+        pipeline_parallel_rank=layout.pp_rank,
+        pipeline_parallel_size=layout.pp_size,
+        dtype=layout.dtype,
+        vllm_version=layout.vllm_version,
+        maxact_version=layout.maxact_version,
+        stats=[stat.name for stat in stats.STATS],
+        phases=stats.PHASES,
+        interval_seconds=layout.interval_seconds,
+        model_type=layout.model_type,
+    )
+    for site in layout.sites:
+        message.sites.add(
+            layer=site.layer, name=site.name, width=site.width, sharded=site.sharded, module=site.module
+        )
+    return pb.StreamRequest(layout=message)
+
+
+def decode_layout(message: pb.Layout) -> Layout:
+    """The `Layout` of a message. Raises `WireError` where it breaks a limit or speaks another table of statistics."""
+    names = [stat.name for stat in stats.STATS]
+    if list(message.stats) != names or list(message.phases) != list(stats.PHASES):
+        raise WireError(
+            "layout.stats",
+            f"worker sends {list(message.stats)} x {list(message.phases)}, this sidecar reads {names} x "
+            f"{list(stats.PHASES)}: run the same maxact version on both sides",
+        )
+    if not 0 < len(message.sites) <= MAX_SITES:
+        raise WireError("layout.sites", f"{len(message.sites)} sites, allowed are 1 to {MAX_SITES}")
+    if not (math.isfinite(message.interval_seconds) and message.interval_seconds > 0):
+        raise WireError("layout.interval_seconds", f"{message.interval_seconds} is not a positive time")
+    for field in ("model", "engine", "instance"):
+        if not getattr(message, field):
+            raise WireError(f"layout.{field}", "is empty")
+    return Layout(
+        model=_string("layout.model", message.model),
+        engine=_string("layout.engine", message.engine),
+        instance=_string("layout.instance", message.instance),
+        sites=tuple(_decode_site(index, site) for index, site in enumerate(message.sites)),
+        model_type=_string("layout.model_type", message.model_type),
+        dtype=_string("layout.dtype", message.dtype),
+        tp_rank=message.tensor_parallel_rank,
+        tp_size=message.tensor_parallel_size,
+        pp_rank=message.pipeline_parallel_rank,
+        pp_size=message.pipeline_parallel_size,
+        interval_seconds=message.interval_seconds,
+        vllm_version=_string("layout.vllm_version", message.vllm_version),
+        maxact_version=_string("layout.maxact_version", message.maxact_version),
+    )
+
+
+def _decode_site(index: int, site: pb.Site) -> Site:
+    if site.name not in stats.SITES:
+        raise WireError(f"layout.sites[{index}].name", f"{site.name[:MAX_STRING]!r} is not a known site")
+    if site.width == 0:
+        raise WireError(f"layout.sites[{index}].width", "is 0")
+    return Site(
+        layer=site.layer if site.HasField("layer") else None,
+        name=site.name,
+        width=site.width,
+        sharded=site.sharded,
+        module=_string(f"layout.sites[{index}].module", site.module),
+    )
+
+
+def _string(field: str, value: str) -> str:
+    if len(value) > MAX_STRING:
+        raise WireError(field, f"{len(value)} characters, allowed are {MAX_STRING}")
+    return value
+
+
+def encode_window(window: Window) -> pb.StreamRequest:
+    """Every later request of a stream."""
+    return pb.StreamRequest(
+        window=pb.Window(
+            layout_id=window.layout_id,
+            sequence=window.sequence,
+            start_seconds=window.start_seconds,
+            end_seconds=window.end_seconds,
+            tokens=window.tokens,
+            values=np.ascontiguousarray(window.values, _FLOAT32).tobytes(),
+            lifetime=np.ascontiguousarray(window.lifetime, _FLOAT32).tobytes(),
+            coalesced=window.coalesced,
+        )
+    )
+
+
+def decode_window(message: pb.Window, num_sites: int) -> Window:
+    """The `Window` of a message for a layout of ``num_sites``. Arrays are read-only views of the message's bytes.
+
+    Raises `WireError` where sizes differ from the layout or a time is not finite.
+    """
+    if len(message.tokens) != len(stats.PHASES):
+        raise WireError("window.tokens", f"{len(message.tokens)} counts for {len(stats.PHASES)} phases")
+    if not (math.isfinite(message.start_seconds) and math.isfinite(message.end_seconds)):
+        raise WireError("window.start_seconds", f"[{message.start_seconds}, {message.end_seconds}] is not a time span")
+    if message.sequence == 0:
+        raise WireError("window.sequence", "is 0, counting starts at 1")
+    return Window(
+        layout_id=message.layout_id,
+        sequence=message.sequence,
+        start_seconds=message.start_seconds,
+        end_seconds=message.end_seconds,
+        tokens=tuple(message.tokens),
+        values=_array("window.values", message.values, (len(stats.PHASES), num_sites, len(stats.STATS))),
+        lifetime=_array("window.lifetime", message.lifetime, (len(stats.PHASES), num_sites, stats.NUM_EXTREMA)),
+        coalesced=message.coalesced,
+    )
+
+
+def _array(field: str, data: bytes, shape: tuple[int, ...]) -> stats.Values:
+    expected = math.prod(shape) * _FLOAT32.itemsize
+    if len(data) != expected:
+        raise WireError(field, f"{len(data)} bytes, {expected} expected for shape {list(shape)}")
+    array: stats.Values = np.frombuffer(data, _FLOAT32).reshape(shape)
+    if np.isnan(array).any():
+        raise WireError(field, "holds a NaN")
+    return array
