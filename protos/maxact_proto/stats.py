@@ -46,7 +46,9 @@ STATS: Final = (
     Stat(name="min", unit="activation", merge="min", help="Smallest signed value"),
     Stat(name="sum_squares", unit="activation squared", merge="sum", help="Sum of squares over all elements"),
     Stat(name="sum_abs", unit="activation", merge="sum", help="Sum of magnitudes over all elements"),
-    Stat(name="nonfinite", unit="tokens", merge="sum", help="Token rows holding a NaN or an infinity; in no other column"),
+    Stat(
+        name="nonfinite", unit="tokens", merge="sum", help="Token rows holding a NaN or an infinity; in no other column"
+    ),
 )
 MAX, MIN, SUM_SQUARES, SUM_ABS, NONFINITE = range(len(STATS))
 NUM_EXTREMA: Final = 2
@@ -66,7 +68,7 @@ SITES: Final = {
     "mlp_output": "MLP block output, before any post-norm and the residual add",
     "final_norm": "final norm output",
 }
-"""Site names in the order a token meets them, and what tensor each one is. ``embedding`` and ``final_norm`` have no layer."""
+"""Site names in the order a token meets them, and their tensors. ``embedding`` and ``final_norm`` have no layer."""
 
 _IDENTITIES: Final = np.array([stat.identity for stat in STATS], dtype=np.float32)
 _SUM_COLUMNS: Final = [index for index, stat in enumerate(STATS) if stat.merge == "sum"]

@@ -1,4 +1,4 @@
-"""Hop 6/9: dataclass <-> bytes. From the plugin's stream to the sidecar's ingest; the only user of the generated messages.
+"""Hop 6/9: dataclass <-> bytes, between stream and ingest; the only user of the generated messages.
 
 Decoding is where foreign bytes become arrays, so every limit is enforced here: a message that breaks one raises
 `WireError` naming the field, and the sidecar ends that stream. Values travel as one little-endian float32 ``bytes``
@@ -108,9 +108,7 @@ def encode_layout(layout: Layout) -> pb.StreamRequest:
         model_type=layout.model_type,
     )
     for site in layout.sites:
-        message.sites.add(
-            layer=site.layer, name=site.name, width=site.width, sharded=site.sharded, module=site.module
-        )
+        message.sites.add(layer=site.layer, name=site.name, width=site.width, sharded=site.sharded, module=site.module)
     return pb.StreamRequest(layout=message)
 
 

@@ -1,0 +1,1 @@
+"""Offline work around the live path: the command line, cards, census, scales."""

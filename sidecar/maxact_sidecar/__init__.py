@@ -1,0 +1,1 @@
+"""maxact sidecar: merges ranks, judges headroom, remembers, exposes. No torch, no vllm."""

@@ -1,0 +1,5 @@
+"""maxact plugin."""
+
+
+def register() -> None:
+    """vLLM entry point."""
