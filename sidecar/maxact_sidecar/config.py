@@ -1,0 +1,146 @@
+"""Settings of the sidecar: one frozen model, and errors that name the field.
+
+Everything that can be set is here; the command line only fills it. Times are seconds.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from maxact_sidecar.headroom import MEANINGS, Threshold
+
+DEFAULT_GRPC: Final = "127.0.0.1:4471"
+DEFAULT_HTTP: Final = "127.0.0.1:9471"
+
+
+class ConfigError(ValueError):
+    """Settings that cannot work. The message has one line per problem, each starting with the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server listens: a unix socket (``path``), or ``host`` and ``port`` (0: the system chooses)."""
+
+    host: str = ""
+    port: int = 0
+    path: str = ""
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_local(self) -> bool:
+        """True where no other machine can connect: a unix socket or a loopback address."""
+        if self.path or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def parse_address(text: object) -> Address:
+    """The `Address` written as ``unix:/path``, ``host:port`` or ``[ipv6]:port``. Raises `ValueError`."""
+    if isinstance(text, Address):
+        return text
+    if isinstance(text, str):
+        if text.startswith("unix:/"):
+            return Address(path=text.removeprefix("unix:"))
+        host, _, port = text.rpartition(":")
+        if host and port.isascii() and port.isdigit() and int(port) < 65536 and not host.startswith("unix"):
+            return Address(host=host.removeprefix("[").removesuffix("]"), port=int(port))
+    raise ValueError(f"{text!r} is not an address; write host:port (127.0.0.1:4471) or unix:/path")
+
+
+@dataclass(frozen=True, slots=True)
+class CardSource:
+    """A card to load at start, and the served model it is for where that is not the name inside the card."""
+
+    path: Path
+    model: str | None = None
+
+
+def parse_card_source(text: object) -> CardSource:
+    """The `CardSource` written as ``FILE`` or ``MODEL=FILE``. Raises `ValueError`."""
+    if isinstance(text, CardSource):
+        return text
+    if isinstance(text, Path):
+        return CardSource(text)
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{text!r} is not a card; write FILE or MODEL=FILE")
+    if "=" not in text or Path(text).exists():
+        return CardSource(Path(text))
+    model, _, path = text.partition("=")
+    if not model or not path:
+        raise ValueError(f"{text!r} is not a card; write FILE or MODEL=FILE")
+    return CardSource(Path(path), model)
+
+
+class Settings(BaseModel):
+    """What ``maxact sidecar`` runs with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    grpc: Annotated[Address, BeforeValidator(parse_address)] = Field(default=DEFAULT_GRPC, validate_default=True)
+    """Where vLLM workers connect."""
+    http: Annotated[Address, BeforeValidator(parse_address)] = Field(default=DEFAULT_HTTP, validate_default=True)
+    """Where metrics, API and page are served."""
+    cards: tuple[Annotated[CardSource, BeforeValidator(parse_card_source)], ...] = ()
+    """Calibration cards to judge ``range`` against."""
+    hold: float = Field(default=30.0, gt=0)
+    """Horizon of the gauges: an extremum is shown for at least half of it and at most all of it."""
+    stale: float = Field(default=60.0, ge=0)
+    """After the last rank of an engine disconnected, its series disappear this much later."""
+    flag_hold: float = Field(default=60.0, ge=0)
+    """A raised flag stays up at least this long."""
+    range_threshold: float = Field(default=MEANINGS["range"].raise_below, gt=0)
+    """Headroom ratio under which a ``range`` flag is raised."""
+    fp16_threshold: float = Field(default=MEANINGS["fp16"].raise_below, gt=0)
+    """Headroom ratio under which an ``fp16`` flag is raised."""
+    insecure: bool = False
+    """Allow addresses that other machines can reach, without encryption or authentication."""
+    max_streams: int = Field(default=1024, ge=1)
+    """Worker streams served at once; more are refused."""
+    max_series: int = Field(default=200_000, ge=1)
+    """Series per scrape; more are dropped and counted."""
+
+    @model_validator(mode="after")
+    def _refuse_open_addresses(self) -> Settings:
+        for name in ("grpc", "http"):
+            address: Address = getattr(self, name)
+            if not address.is_local and not self.insecure:
+                raise ValueError(
+                    f"{name}: {address} can be reached from other machines, without encryption or authentication; "
+                    "use a loopback address or unix:/path, or say --insecure"
+                )
+        return self
+
+    @property
+    def thresholds(self) -> dict[str, Threshold]:
+        """Raise and clear thresholds per meaning; the distance between the two is that of the defaults."""
+        return {name: default.scaled_to(getattr(self, f"{name}_threshold")) for name, default in MEANINGS.items()}
+
+
+def make_settings(**values: Any) -> Settings:
+    """`Settings` of keyword values as a user wrote them. Raises `ConfigError`."""
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(describe(error))) from None
+
+
+def describe(error: ValidationError) -> list[str]:
+    """One line per problem of a pydantic error: ``field[3].name: what is wrong``."""
+    lines = []
+    for problem in error.errors():
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        message = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{path}: {message}" if path else message)
+    return lines

@@ -1,0 +1,184 @@
+"""Hop 7/9: windows of all ranks in, one set of statistics per engine out.
+
+Each rank accumulates on its own (`RankState`, a handful of numpy calls per window); ranks meet when somebody looks
+(`merge_ranks`), so that which rank counts is decided with all of them at hand:
+
+- extrema merge by max and min over all ranks;
+- sums of sharded sites add up over tensor-parallel ranks, as do their elements; sums of replicated sites are counted
+  once, from the lowest tensor-parallel rank that has data;
+- tokens and non-finite token rows are the largest of any rank: every rank of an engine computes the same tokens, and a
+  row that is non-finite in several slices is still one row.
+
+The hold horizon is kept as two half-horizon buckets of extrema. Its sums are differences of running totals, which
+saves adding every window twice. Shapes: P phases, S sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from maxact_proto import stats, wire
+from maxact_sidecar.headroom import Index
+
+Extrema = npt.NDArray[np.float32]
+"""``[2, P, S]``: (max, min); (-inf, inf) where nothing was seen."""
+Sums = npt.NDArray[np.float64]
+"""``[4, P, S]``: the rows below."""
+SQUARES, MAGNITUDES, NONFINITE, TOKENS = range(4)
+assert (SQUARES, MAGNITUDES, NONFINITE) == tuple(
+    column - stats.NUM_EXTREMA for column in (stats.SUM_SQUARES, stats.SUM_ABS, stats.NONFINITE)
+), "the first rows are the wire's sum columns, in their order"
+
+# A float32 sum of squares overflows above |x| = 1.8e19; an infinity in a running total would never leave it.
+_LARGEST: Final = np.finfo(np.float32).max
+
+
+def empty_extrema(num_sites: int) -> Extrema:
+    """Extrema of sites that saw nothing, ``[2, P, S]``."""
+    return np.ascontiguousarray(stats.empty(num_sites)[..., : stats.NUM_EXTREMA].transpose(2, 0, 1))
+
+
+def merge_extrema(target: Extrema, other: Extrema) -> None:
+    """Merge ``other`` into ``target`` in place; both ``[2, ...]``."""
+    np.maximum(target[stats.MAX], other[stats.MAX], out=target[stats.MAX])
+    np.minimum(target[stats.MIN], other[stats.MIN], out=target[stats.MIN])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statistics:
+    """Statistics of all sites over some time. Derived quantities are NaN where there were no tokens."""
+
+    extrema: Extrema
+    sums: Sums
+    elements: npt.NDArray[np.float64]
+    """``[P, S]``: finite elements behind the sums."""
+
+    @property
+    def absmax(self) -> npt.NDArray[np.float32]:
+        """``[P, S]``."""
+        absmax = np.maximum(self.extrema[stats.MAX], -self.extrema[stats.MIN])
+        return np.where(np.isfinite(absmax), absmax, np.nan)
+
+    @property
+    def rms(self) -> npt.NDArray[np.float64]:
+        """``[P, S]``."""
+        return np.sqrt(self._per_element(SQUARES))
+
+    @property
+    def mean_abs(self) -> npt.NDArray[np.float64]:
+        """``[P, S]``."""
+        return self._per_element(MAGNITUDES)
+
+    @property
+    def crest_ratio(self) -> npt.NDArray[np.float64]:
+        """``[P, S]``: absmax / rms."""
+        rms = self.rms
+        return self.absmax / np.where(rms > 0, rms, np.nan)
+
+    def _per_element(self, row: int) -> npt.NDArray[np.float64]:
+        return self.sums[row] / np.where(self.elements > 0, self.elements, np.nan)
+
+
+class RankState:
+    """What one worker sent since it started. Not thread-safe: the engine's lock guards it."""
+
+    def __init__(self, layout: wire.Layout, index: Index) -> None:
+        self.layout = layout
+        self.index = index
+        """Where this rank's sites stand in the engine's site table."""
+        self.widths = np.array([site.width for site in layout.sites], np.float64)
+        self.sharded = np.array([site.sharded for site in layout.sites])
+        self.streams = 0
+        self.last_sequence = 0
+        self.last_window_seconds: float | None = None
+        self.windows = 0
+        self.coalesced = 0
+        self.tokens = np.zeros(len(stats.PHASES), np.int64)
+        self.lifetime = empty_extrema(len(layout.sites))
+        self.total: Sums = np.zeros((4, len(stats.PHASES), len(layout.sites)))
+        self._period = 0
+        self._buckets = [empty_extrema(len(layout.sites)) for _ in range(2)]
+        self._marks = [self.total.copy() for _ in range(2)]
+
+    def merge(self, window: wire.Window, period: int, seconds: float) -> Extrema:
+        """Merge a window that arrived in half-horizon number ``period``, at epoch ``seconds``; its extrema."""
+        columns = np.ascontiguousarray(window.values.transpose(2, 0, 1))
+        extrema: Extrema = columns[: stats.NUM_EXTREMA]
+        self.rotate(period)
+        merge_extrema(self._buckets[-1], extrema)
+        merge_extrema(self.lifetime, extrema)
+        merge_extrema(self.lifetime, window.lifetime.transpose(2, 0, 1))
+        self._add(columns, np.array(window.tokens, np.int64))
+        self.last_sequence = window.sequence
+        self.last_window_seconds = seconds
+        self.windows += 1
+        self.coalesced += window.coalesced
+        return extrema
+
+    def _add(self, columns: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> None:
+        nonfinite = columns[stats.NONFINITE]
+        seen = (columns[stats.MAX] >= columns[stats.MIN]) | (nonfinite > 0)
+        self.total[:TOKENS] += np.minimum(columns[stats.NUM_EXTREMA :], _LARGEST)
+        self.total[TOKENS] += seen * tokens[:, None]
+        self.tokens += tokens
+
+    def rotate(self, period: int) -> None:
+        """Forget what is older than the hold horizon."""
+        if period == self._period:
+            return
+        adjacent = period == self._period + 1
+        self._period = period
+        num_sites = len(self.layout.sites)
+        self._buckets = [self._buckets[-1] if adjacent else empty_extrema(num_sites), empty_extrema(num_sites)]
+        mark = self.total.copy()
+        self._marks = [self._marks[-1] if adjacent else mark, mark]
+
+    def hold_extrema(self) -> Extrema:
+        """Extrema over the hold horizon, a new array."""
+        extrema = self._buckets[0].copy()
+        merge_extrema(extrema, self._buckets[1])
+        return extrema
+
+    def part(self, *, hold: bool) -> Part:
+        """A copy of the statistics over the hold horizon, or since the worker started."""
+        return Part(
+            order=(self.layout.tp_rank, self.layout.pp_rank),
+            index=self.index,
+            widths=self.widths,
+            sharded=self.sharded,
+            extrema=self.hold_extrema() if hold else self.lifetime.copy(),
+            sums=self.total - self._marks[0] if hold else self.total.copy(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Statistics of one rank, to be merged: ``S'`` sites that stand at ``index`` in the engine's table."""
+
+    order: tuple[int, int]
+    index: Index
+    widths: npt.NDArray[np.float64]
+    sharded: npt.NDArray[np.bool_]
+    extrema: Extrema
+    sums: Sums
+
+
+def merge_ranks(parts: Iterable[Part], num_sites: int) -> Statistics:
+    """Statistics of an engine from its ranks, by the rules of this module."""
+    extrema = empty_extrema(num_sites)
+    sums = np.zeros((4, len(stats.PHASES), num_sites))
+    elements = np.zeros(sums.shape[1:])
+    for part in sorted(parts, key=lambda part: part.order):
+        at = part.index
+        first = part.sharded | (sums[TOKENS][:, at] == 0)
+        extrema[stats.MAX][:, at] = np.maximum(extrema[stats.MAX][:, at], part.extrema[stats.MAX])
+        extrema[stats.MIN][:, at] = np.minimum(extrema[stats.MIN][:, at], part.extrema[stats.MIN])
+        sums[:NONFINITE, :, at] += part.sums[:NONFINITE] * first
+        elements[:, at] += (part.sums[TOKENS] - part.sums[NONFINITE]) * part.widths * first
+        sums[NONFINITE:, :, at] = np.maximum(sums[NONFINITE:, :, at], part.sums[NONFINITE:])
+    return Statistics(extrema=extrema, sums=sums, elements=elements)

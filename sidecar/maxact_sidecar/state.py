@@ -1,0 +1,319 @@
+"""Hop 7/9: the engines a sidecar knows, and immutable snapshots of them.
+
+An engine is the workers of one vLLM under one (model, engine) name. Each has one lock, held for a few numpy calls:
+merging a window judges it at once, and a `Snapshot` copies under the lock while everything derived from it is computed
+outside. What must not fall back when vLLM restarts (token and non-finite counters, high-water marks) lives here; what
+belongs to a worker lives in its `RankState`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from maxact_proto import stats, wire
+from maxact_sidecar import headroom, merge
+from maxact_sidecar.config import Settings
+from maxact_sidecar.headroom import FP16_LIMIT, Evidence, Flags, Instant
+
+SiteKey = tuple[int | None, str]
+"""(layer, site name)."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankSnapshot:
+    """One worker of an engine."""
+
+    rank: str
+    connected: bool
+    last_window_seconds: float | None
+    """Arrival of its last window, seconds since the epoch."""
+    windows: int
+    coalesced: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """One engine at one moment. P phases, S sites, M meanings."""
+
+    model: str
+    engine: str
+    instance: str
+    model_type: str
+    dtype: str
+    vllm_version: str
+    sites: tuple[wire.Site, ...]
+    """Site table, widths over all shards. The same object until it changes."""
+    keys: tuple[SiteKey, ...]
+    hold: merge.Statistics
+    """Over the hold horizon."""
+    total: merge.Statistics
+    """Since the workers started."""
+    high_water: npt.NDArray[np.float32]
+    """``[P, S]``: largest absmax ever, ``-inf`` where nothing was seen."""
+    nonfinite: npt.NDArray[np.float64]
+    """``[P, S]``: token rows, over restarts."""
+    tokens: tuple[int, ...]
+    """Per phase, over restarts."""
+    worker_tokens: tuple[int, ...]
+    """Per phase, since the workers started."""
+    windows: int
+    coalesced: int
+    ranks: tuple[RankSnapshot, ...]
+    limit: npt.NDArray[np.float64]
+    """``[M, S]``: NaN where not judged."""
+    active: npt.NDArray[np.bool_]
+    """``[M, S]``: raised flags."""
+    since: npt.NDArray[np.float64]
+    """``[M, S]``: seconds since the epoch of the last raise, 0 for never."""
+    evidence: tuple[Evidence, ...]
+
+    @property
+    def absmax(self) -> npt.NDArray[np.float32]:
+        """``[S]``: over the hold horizon, all phases; NaN without tokens."""
+        return _nan_if_empty(merge_absmax(self.hold.extrema))
+
+    @property
+    def headroom_ratio(self) -> npt.NDArray[np.float64]:
+        """``[M, S]``: limit / absmax over the hold horizon; NaN where not judged or without tokens."""
+        return headroom.ratio(self.limit, self.absmax)
+
+    @property
+    def judged(self) -> npt.NDArray[np.bool_]:
+        """``[M, S]``: sites that have a limit and were ever seen."""
+        seen: npt.NDArray[np.bool_] = np.isfinite(self.limit) & (self.high_water.max(axis=0) >= 0)
+        return seen
+
+
+def merge_absmax(extrema: merge.Extrema) -> npt.NDArray[np.float32]:
+    """``[S]`` from ``[2, P, S]``, ``-inf`` where nothing was seen."""
+    peak: npt.NDArray[np.float32] = np.maximum(extrema[stats.MAX], -extrema[stats.MIN]).max(axis=0)
+    return peak
+
+
+def _nan_if_empty(absmax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    return np.where(np.isfinite(absmax), absmax, np.float32(np.nan))
+
+
+class Engine:
+    """State of one (model, engine); thread-safe."""
+
+    def __init__(self, layout: wire.Layout, label: str, settings: Settings, limits: Mapping[SiteKey, float]) -> None:
+        self.model = layout.model
+        self.label = label
+        self.instance = layout.instance
+        self.layout = layout
+        self.disconnected_at: float | None = None
+        """Steady seconds since the last rank left; None while one is connected."""
+        self._half_horizon = settings.hold / 2
+        self._range_limits = limits
+        self._lock = threading.Lock()
+        self._ranks: dict[str, merge.RankState] = {}
+        self._positions: dict[SiteKey, int] = {}
+        self._sites: tuple[wire.Site, ...] = ()
+        self._keys: tuple[SiteKey, ...] = ()
+        self._flags = Flags(settings.thresholds, settings.flag_hold)
+        self._high_water = np.zeros((len(stats.PHASES), 0), np.float32)
+        self._nonfinite = np.zeros((len(stats.PHASES), 0))
+        self._tokens = np.zeros(len(stats.PHASES), np.int64)
+        self._windows = self._coalesced = 0
+
+    @property
+    def connected(self) -> bool:
+        """True while a rank has a stream."""
+        return self.disconnected_at is None
+
+    def attach(self, layout: wire.Layout) -> merge.RankState:
+        """The state of a worker that connected, known before or new. Raises `WireError` where its sites changed."""
+        keys = [(site.layer, site.name) for site in layout.sites]
+        with self._lock:
+            if layout.instance != self.instance:
+                self._restart(layout)
+            rank = self._ranks.get(layout.rank)
+            if rank is None:
+                rank = self._ranks[layout.rank] = merge.RankState(layout, self._place(keys))
+                self._name_sites()
+            elif rank.layout.sites != layout.sites:
+                raise wire.WireError("layout.sites", f"differ from what {layout.rank} of this instance sent before")
+            rank.streams += 1
+            self.disconnected_at = None
+        return rank
+
+    def _restart(self, layout: wire.Layout) -> None:
+        """Keep counters and marks of the workers that are gone, drop the rest."""
+        total = self._merge(hold=False)
+        self._high_water = np.maximum(self._high_water, np.maximum(total.extrema[stats.MAX], -total.extrema[stats.MIN]))
+        self._nonfinite += total.sums[merge.NONFINITE]
+        self._tokens += self._worker_tokens()
+        self._ranks.clear()
+        self.instance = layout.instance
+        self.layout = layout
+
+    def _place(self, keys: list[SiteKey]) -> headroom.Index:
+        """Positions of sites in the engine's table, which grows by those it does not hold yet."""
+        for key in keys:
+            self._positions.setdefault(key, len(self._positions))
+        index = np.array([self._positions[key] for key in keys])
+        pad = ((0, 0), (0, len(self._positions) - self._high_water.shape[1]))
+        self._high_water = np.pad(self._high_water, pad, constant_values=-np.inf)
+        self._nonfinite = np.pad(self._nonfinite, pad)
+        self._set_limits()
+        # A slice is a view; an index array copies. One rank, and ranks in pipeline order, have contiguous sites.
+        contiguous = (np.diff(index) == 1).all()
+        return slice(int(index[0]), int(index[-1]) + 1) if contiguous else index
+
+    def _name_sites(self) -> None:
+        """Rebuild the site table: the widths of a site's shards add up."""
+        table: dict[SiteKey, wire.Site] = {}
+        for rank in sorted(self._ranks.values(), key=lambda rank: rank.layout.tp_rank):
+            for site in rank.layout.sites:
+                known = table.get((site.layer, site.name))
+                if known is None:
+                    table[site.layer, site.name] = site
+                elif site.sharded:
+                    table[site.layer, site.name] = replace(known, width=known.width + site.width)
+        former = dict(zip(self._keys, self._sites, strict=True))
+        self._keys = tuple(self._positions)
+        self._sites = tuple(table.get(key) or former[key] for key in self._keys)
+
+    def _set_limits(self) -> None:
+        num_sites = len(self._positions)
+        of_card = [self._range_limits.get(key, np.nan) for key in self._positions]
+        self._flags.set_limits(np.array([of_card, [FP16_LIMIT] * num_sites]).reshape(2, num_sites))
+
+    def set_range_limits(self, limits: Mapping[SiteKey, float], now: Instant) -> None:
+        """Judge ``range`` against these from now on, what is in the hold horizon included."""
+        with self._lock:
+            self._range_limits = limits
+            self._set_limits()
+            raised = self._flags.observe(self._hold_extrema(now), slice(None), now)
+        self._announce("raised", raised)
+
+    def detach(self, rank: merge.RankState, now: Instant) -> None:
+        """A stream of this worker ended."""
+        with self._lock:
+            rank.streams -= 1
+            if not any(rank.streams for rank in self._ranks.values()):
+                self.disconnected_at = now.steady
+
+    def merge(self, rank: merge.RankState, window: wire.Window, now: Instant) -> bool:
+        """Merge and judge a window; False where it was merged before."""
+        with self._lock:
+            if window.sequence <= rank.last_sequence:
+                return False
+            extrema = rank.merge(window, self._period(now), now.wall)
+            self._windows += 1
+            self._coalesced += window.coalesced
+            raised = self._flags.observe(extrema, rank.index, now)
+        self._announce("raised", raised)
+        return True
+
+    def settle(self, now: Instant) -> None:
+        """Clear flags whose time has come."""
+        with self._lock:
+            if not self._flags.due(now):
+                return
+            cleared = self._flags.settle(merge_absmax(self._hold_extrema(now)), now)
+        self._announce("cleared", cleared)
+
+    def snapshot(self, now: Instant) -> Snapshot:
+        """The engine at this moment."""
+        self.settle(now)
+        with self._lock:
+            ranks = self._rotated(now)
+            holds = [rank.part(hold=True) for rank in ranks]
+            totals = [rank.part(hold=False) for rank in ranks]
+            flags = self._flags
+            parts = Snapshot(
+                model=self.model,
+                engine=self.label,
+                instance=self.instance,
+                model_type=self.layout.model_type,
+                dtype=self.layout.dtype,
+                vllm_version=self.layout.vllm_version,
+                sites=self._sites,
+                keys=self._keys,
+                hold=_NOTHING,
+                total=_NOTHING,
+                high_water=self._high_water,
+                nonfinite=self._nonfinite,
+                tokens=tuple((self._tokens + self._worker_tokens()).tolist()),
+                worker_tokens=tuple(self._worker_tokens().tolist()),
+                windows=self._windows,
+                coalesced=self._coalesced,
+                ranks=tuple(_rank_snapshot(rank) for rank in ranks),
+                limit=flags.limit,
+                active=flags.active.copy(),
+                since=flags.since.copy(),
+                evidence=tuple(flags.evidence()),
+            )
+        return _merged(parts, holds, totals)
+
+    def _worker_tokens(self) -> npt.NDArray[np.int64]:
+        """Every rank sees every token, the slowest last."""
+        counts = [rank.tokens for rank in self._ranks.values()]
+        return np.max(counts, axis=0) if counts else np.zeros_like(self._tokens)
+
+    def _period(self, now: Instant) -> int:
+        return int(now.steady // self._half_horizon)
+
+    def _rotated(self, now: Instant) -> list[merge.RankState]:
+        ranks = sorted(self._ranks.values(), key=lambda rank: (rank.layout.pp_rank, rank.layout.tp_rank))
+        for rank in ranks:
+            rank.rotate(self._period(now))
+        return ranks
+
+    def _merge(self, *, hold: bool) -> merge.Statistics:
+        return merge.merge_ranks([rank.part(hold=hold) for rank in self._ranks.values()], len(self._positions))
+
+    def _hold_extrema(self, now: Instant) -> merge.Extrema:
+        extrema = merge.empty_extrema(len(self._positions))
+        for rank in self._rotated(now):
+            own = extrema[..., rank.index]
+            merge.merge_extrema(own, rank.hold_extrema())
+            extrema[..., rank.index] = own
+        return extrema
+
+    def _announce(self, event: str, flags: list[Evidence]) -> None:
+        for flag in flags:
+            layer, name = self._keys[flag.site]
+            _log.warning(
+                "flag %s meaning=%s model=%s engine=%s layer=%s site=%s phase=%s absmax=%.3g limit=%.3g "
+                "headroom_ratio=%.3g threshold=%g",
+                *(event, flag.meaning, self.model, self.label, "-" if layer is None else layer, name),
+                *(flag.phase, flag.absmax, flag.limit, flag.headroom_ratio, flag.threshold),
+            )
+
+
+_NOTHING = merge.merge_ranks([], 0)
+
+
+def _merged(parts: Snapshot, holds: list[merge.Part], totals: list[merge.Part]) -> Snapshot:
+    """The snapshot with its ranks merged; runs outside the lock."""
+    num_sites = len(parts.keys)
+    total = merge.merge_ranks(totals, num_sites)
+    peak = np.maximum(total.extrema[stats.MAX], -total.extrema[stats.MIN])
+    return replace(
+        parts,
+        hold=merge.merge_ranks(holds, num_sites),
+        total=total,
+        high_water=np.maximum(parts.high_water, peak),
+        nonfinite=parts.nonfinite + total.sums[merge.NONFINITE],
+    )
+
+
+def _rank_snapshot(rank: merge.RankState) -> RankSnapshot:
+    return RankSnapshot(
+        rank=rank.layout.rank,
+        connected=rank.streams > 0,
+        last_window_seconds=rank.last_window_seconds,
+        windows=rank.windows,
+        coalesced=rank.coalesced,
+    )

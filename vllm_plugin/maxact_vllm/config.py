@@ -1,0 +1,116 @@
+"""Settings of the plugin: one dataclass, filled from flags, from ``additional_config`` or from the environment.
+
+Settings travel to the workers inside vLLM's own ``additional_config["maxact"]``, which also enters vLLM's compile-cache
+key: an artefact compiled with other sites, or without maxact, is never reused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import maxact_vllm
+
+PRESETS: Final[Mapping[str, frozenset[str] | None]] = {
+    "serving": frozenset(
+        {"embedding", "hidden", "attn_input", "o_proj_input", "mlp_input", "down_proj_input", "final_norm"}
+    ),
+    "paper": frozenset({"embedding", "hidden", "attn_output", "mlp_output", "final_norm"}),
+    "all": None,
+}
+"""Site names of each preset; None: every site. `serving` is what W8A8 quantizes plus the residual stream."""
+
+KEY: Final = "maxact"
+"""Key in vLLM's ``additional_config``."""
+
+
+class SettingsError(ValueError):
+    """A setting the user gave that cannot work. The message names the setting and what would be right."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the operator asked for."""
+
+    endpoint: str = "127.0.0.1:4471"
+    """gRPC address of the sidecar: ``host:port`` or ``unix:/path``."""
+    sites: str = "serving"
+    """A preset or a regular expression searched in names like ``layers.11.hidden`` and ``final_norm``."""
+    interval: float = 1.0
+    """Seconds between windows."""
+    engine: str = ""
+    """Name of this engine in metrics; empty: the data-parallel rank."""
+
+    def __post_init__(self) -> None:
+        _check_endpoint(self.endpoint)
+        _check_sites(self.sites)
+        if not (isinstance(self.interval, int | float) and 0.05 <= self.interval <= 3600):
+            raise SettingsError(f"maxact interval: {self.interval!r} is not between 0.05 and 3600 seconds")
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Settings:
+        """Settings from ``additional_config["maxact"]``; environment variables fill what it leaves out.
+
+        Raises `SettingsError` for an unknown key or a value that cannot work.
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(mapping) - set(names) - {"version"})
+        if unknown:
+            raise SettingsError(f"maxact: unknown setting {unknown[0]!r}; known are {', '.join(names)}")
+        given = {name: mapping[name] for name in names if mapping.get(name) is not None}
+        try:
+            if "interval" in given:
+                given["interval"] = float(given["interval"])
+            return cls(**(_from_environ() | given))
+        except TypeError as error:
+            raise SettingsError(f"maxact: {error}") from error
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What travels in ``additional_config["maxact"]``: JSON values, with the version for the compile-cache key."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"version": maxact_vllm.__version__}
+
+    def wants(self, layer: int | None, site: str) -> bool:
+        """Whether the site is to be observed."""
+        if self.sites in PRESETS:
+            names = PRESETS[self.sites]
+            return names is None or site in names
+        return re.search(self.sites, site if layer is None else f"layers.{layer}.{site}") is not None
+
+
+def _from_environ() -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name in ("endpoint", "sites", "interval", "engine"):
+        text = os.environ.get(f"MAXACT_{name.upper()}")
+        if text:
+            values[name] = number(text) if name == "interval" else text
+    return values
+
+
+def number(text: str) -> float:
+    """A float from a flag or variable. Raises `SettingsError` when it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        raise SettingsError(f"maxact interval: {text!r} is not a number of seconds") from None
+
+
+def _check_endpoint(endpoint: str) -> None:
+    if endpoint.startswith("unix:") and len(endpoint) > len("unix:"):
+        return
+    host, _, port = endpoint.rpartition(":")
+    if not (host and port.isdigit() and 0 < int(port) < 65536):
+        raise SettingsError(f"maxact endpoint: {endpoint!r} is neither host:port nor unix:/path")
+
+
+def _check_sites(sites: str) -> None:
+    if sites in PRESETS:
+        return
+    try:
+        re.compile(sites)
+    except re.error as error:
+        raise SettingsError(
+            f"maxact sites: {sites!r} is no preset ({', '.join(PRESETS)}) and no regular expression: {error}"
+        ) from error

@@ -1,0 +1,151 @@
+"""Teaches vLLM two things: our flags, and to show us each worker once its device is up.
+
+Runs in every vLLM process, before the parser is filled. Flags end in ``additional_config["maxact"]``, which vLLM
+carries to spawned workers by itself. A worker whose configuration lacks that key is left untouched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from typing import Any
+
+from maxact_vllm import compat, logger
+from maxact_vllm.config import KEY, Settings, SettingsError, number
+
+_installed = False
+
+
+def install() -> None:
+    """Wrap what `compat.canary` found intact. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    problem = compat.canary()
+    if problem:
+        logger.warning("maxact stays out of the way: %s", problem)
+        return
+    _wrap_engine_args()
+    _wrap_worker()
+
+
+def _wrap_engine_args() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    add_cli_args = EngineArgs.add_cli_args
+    from_cli_args = EngineArgs.from_cli_args.__func__
+    create_engine_config = EngineArgs.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def add_with_maxact(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        add_flags(parser)
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def from_cli_with_maxact(cls: Any, args: argparse.Namespace) -> Any:
+        engine_args = from_cli_args(cls, args)
+        carry_flags(args, engine_args)
+        return engine_args
+
+    @functools.wraps(create_engine_config)
+    def create_with_maxact(self: Any, *args: Any, **kwargs: Any) -> Any:
+        complete(self)
+        return create_engine_config(self, *args, **kwargs)
+
+    EngineArgs.add_cli_args = staticmethod(add_with_maxact)
+    EngineArgs.from_cli_args = classmethod(from_cli_with_maxact)
+    EngineArgs.create_engine_config = create_with_maxact
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add ``--plugin`` and the ``--maxact-*`` flags to vLLM's parser."""
+    group = parser.add_argument_group("maxact", "Activation ranges of the served model, streamed to a maxact sidecar.")
+    group.add_argument("--plugin", choices=["maxact"], default=None, help="Observe the served model with maxact.")
+    group.add_argument(
+        "--maxact-endpoint",
+        metavar="ADDR",
+        type=_checked("endpoint"),
+        help="gRPC address of the sidecar, host:port or unix:/path (default 127.0.0.1:4471).",
+    )
+    group.add_argument(
+        "--maxact-sites",
+        metavar="PRESET|REGEX",
+        type=_checked("sites"),
+        help="What to observe: serving (default), paper, all, or a regular expression searched in names like "
+        "layers.11.hidden.",
+    )
+    group.add_argument(
+        "--maxact-interval",
+        metavar="S",
+        type=_checked("interval"),
+        help="Seconds between two windows sent to the sidecar (default 1).",
+    )
+    group.add_argument(
+        "--maxact-engine", metavar="NAME", default=None, help="Name of this engine in metrics (default: its DP rank)."
+    )
+
+
+def _checked(name: str) -> Any:
+    def convert(text: str) -> Any:
+        try:
+            value = number(text) if name == "interval" else text
+            Settings(**{name: value})
+        except SettingsError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value
+
+    return convert
+
+
+def carry_flags(args: argparse.Namespace, engine_args: Any) -> None:
+    """Move our flags from the namespace into ``engine_args.additional_config``. Raises ValueError for orphans."""
+    names = ("endpoint", "sites", "interval", "engine")
+    given = {name: getattr(args, f"maxact_{name}", None) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if getattr(args, "plugin", None) is None:
+        if given and not asked_by_environment():
+            raise ValueError(f"--maxact-{next(iter(given))} needs --plugin maxact")
+        if not given:
+            return
+    already = (engine_args.additional_config or {}).get(KEY) or {}
+    engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: {**already, **given}}
+
+
+def asked_by_environment() -> bool:
+    """True where ``VLLM_PLUGINS`` names maxact: the operator chose it among the installed plugins."""
+    return "maxact" in [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
+
+
+def complete(engine_args: Any) -> None:
+    """Check and complete the settings before vLLM builds its configuration, long before a model loads."""
+    additional = engine_args.additional_config
+    if not isinstance(additional, dict | None):
+        return
+    additional = additional or {}
+    if KEY not in additional and not asked_by_environment():
+        return
+    given = additional.get(KEY) or {}
+    if not isinstance(given, dict):
+        raise SettingsError(f'additional_config["maxact"]: {given!r} is not a mapping of settings')
+    engine_args.additional_config = {**additional, KEY: Settings.from_mapping(given).to_mapping()}
+
+
+def _wrap_worker() -> None:
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    init_device = WorkerWrapperBase.init_device
+
+    @functools.wraps(init_device)
+    def init_device_with_maxact(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = init_device(self, *args, **kwargs)
+        carried = (getattr(self.vllm_config, "additional_config", None) or {}).get(KEY)
+        if carried:
+            from maxact_vllm import worker
+
+            worker.attach(self.worker.model_runner, self.vllm_config, Settings.from_mapping(carried))
+        return result
+
+    WorkerWrapperBase.init_device = init_device_with_maxact
