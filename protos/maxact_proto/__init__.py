@@ -1,1 +1,1 @@
-"""The contract between plugin and sidecar: the statistic table, the codec and the generated messages. No torch, no vllm."""
+"""The contract between plugin and sidecar: statistic table, codec and generated messages. No torch, no vllm."""

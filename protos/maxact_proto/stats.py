@@ -79,7 +79,7 @@ def empty(num_sites: int) -> Values:
     return np.tile(_IDENTITIES, (len(PHASES), num_sites, 1))
 
 
-def merge_into(target: Values, other: Values) -> None:
+def merge_into(target: npt.NDArray[np.floating], other: npt.NDArray[np.floating]) -> None:
     """Merge ``other`` into ``target`` in place, by each statistic's rule; both ``[..., num_stats]``."""
     np.maximum(target[..., MAX], other[..., MAX], out=target[..., MAX])
     np.minimum(target[..., MIN], other[..., MIN], out=target[..., MIN])

@@ -29,13 +29,15 @@ class Step:
 def canary() -> str:
     """Why this vLLM is not one we can observe; empty when all is as expected. Checks exactly what is patched."""
     try:
+        from vllm.config import VllmConfig
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.worker.worker_base import WorkerWrapperBase
     except ImportError as error:
         return f"vLLM moved what maxact patches: {error}"
     wanted = {
         EngineArgs: ("add_cli_args", "from_cli_args", "create_engine_config"),
-        WorkerWrapperBase: ("init_device", "init_worker"),
+        VllmConfig: ("compute_hash",),
+        WorkerWrapperBase: ("init_device",),
     }
     for owner, names in wanted.items():
         for name in names:
@@ -66,7 +68,7 @@ def max_rows(vllm_config: Any) -> int:
     sizes = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
     rows = max(vllm_config.scheduler_config.max_num_batched_tokens, *sizes)
     tp_size = vllm_config.parallel_config.tensor_parallel_size
-    return -(-rows // tp_size) * tp_size
+    return int(-(-rows // tp_size) * tp_size)
 
 
 def read_step(runner: Any, scheduler_output: Any) -> Step | None:
@@ -110,3 +112,23 @@ def identity(vllm_config: Any) -> dict[str, Any]:
         "pp_size": pp_group.world_size,
         "vllm_version": vllm_version,
     }
+
+
+def holds_attention(module: Any) -> bool:
+    """Whether an attention-like layer (attention, Mamba, linear attention) is inside. vLLM 0.26-0.32."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    return any(isinstance(inner, AttentionLayerBase) for inner in module.modules())
+
+
+def is_missing_layer(module: Any) -> bool:
+    """Whether this stands for a layer of another pipeline stage. vLLM 0.26-0.32."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return isinstance(module, PPMissingLayer)
+
+
+def count_memory(runner: Any, num_bytes: int) -> None:
+    """Tell vLLM's memory profiling of what we allocated after the weights were loaded. vLLM 0.26-0.32."""
+    if hasattr(runner, "model_memory_usage"):
+        runner.model_memory_usage += num_bytes

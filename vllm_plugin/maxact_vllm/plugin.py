@@ -28,6 +28,7 @@ def install() -> None:
         logger.warning("maxact stays out of the way: %s", problem)
         return
     _wrap_engine_args()
+    _wrap_compute_hash()
     _wrap_worker()
 
 
@@ -91,7 +92,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def _checked(name: str) -> Any:
     def convert(text: str) -> Any:
         try:
-            value = number(text) if name == "interval" else text
+            value: Any = number(text) if name == "interval" else text
             Settings(**{name: value})
         except SettingsError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
@@ -133,6 +134,26 @@ def complete(engine_args: Any) -> None:
     engine_args.additional_config = {**additional, KEY: Settings.from_mapping(given).to_mapping()}
 
 
+def _wrap_compute_hash() -> None:
+    """Leave out of vLLM's compile-cache key what changes no graph: a new endpoint must not compile the model again."""
+    from vllm.config import VllmConfig
+
+    compute_hash = VllmConfig.compute_hash
+
+    @functools.wraps(compute_hash)
+    def compute_hash_of_graph(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = self.additional_config
+        if not (isinstance(given, dict) and isinstance(given.get(KEY), dict)):
+            return compute_hash(self, *args, **kwargs)
+        self.additional_config = {**given, KEY: {name: given[KEY].get(name) for name in ("sites", "version")}}
+        try:
+            return compute_hash(self, *args, **kwargs)
+        finally:
+            self.additional_config = given
+
+    VllmConfig.compute_hash = compute_hash_of_graph
+
+
 def _wrap_worker() -> None:
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -141,11 +162,11 @@ def _wrap_worker() -> None:
     @functools.wraps(init_device)
     def init_device_with_maxact(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = init_device(self, *args, **kwargs)
-        carried = (getattr(self.vllm_config, "additional_config", None) or {}).get(KEY)
-        if carried:
+        additional = getattr(self.vllm_config, "additional_config", None)
+        if isinstance(additional, dict) and KEY in additional:
             from maxact_vllm import worker
 
-            worker.attach(self.worker.model_runner, self.vllm_config, Settings.from_mapping(carried))
+            worker.attach(self.worker, self.vllm_config, additional[KEY])
         return result
 
     WorkerWrapperBase.init_device = init_device_with_maxact

@@ -1,0 +1,120 @@
+"""Hop 4/9: at each interval the running window is taken off the device and closed: accumulators -> `Window`.
+
+A thread of ours swaps the two sets of accumulators, so that the model's thread goes on folding into the other one
+without a lock, then copies the full set and empties it. On a GPU both happen on a side stream that waits for the
+model's stream; the model's stream waits for nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from maxact_proto import stats, wire
+from maxact_vllm import logger
+from maxact_vllm.fold import Accumulators
+
+
+class Flusher(threading.Thread):
+    """Closes a window every ``layout.interval_seconds``, busy or idle, and hands it to ``deliver``."""
+
+    def __init__(self, accumulators: Accumulators, layout: wire.Layout, deliver: Callable[[wire.Window], None]) -> None:
+        super().__init__(name="maxact-flush", daemon=True)
+        self._state = accumulators
+        self._layout = layout
+        self._deliver = deliver
+        self._lifetime = stats.empty(len(layout.sites))[..., : stats.NUM_EXTREMA].copy()
+        self._take = _take_from_gpu(accumulators) if accumulators.empty.is_cuda else _take_from_cpu(accumulators)
+        self._since = time.time()
+        self._silent: set[int] | None = None
+        self._halt = threading.Event()
+
+    def run(self) -> None:
+        """Until `stop`. An error is logged and ends the thread: the model does not notice."""
+        try:
+            deadline = time.monotonic()
+            while True:
+                # Deadlines are multiples, not sleeps added up: a late window does not delay all later ones.
+                deadline = max(deadline + self._layout.interval_seconds, time.monotonic())
+                stopped = self._halt.wait(deadline - time.monotonic())
+                self._deliver(self.close_window())
+                if stopped:
+                    return
+        except Exception:
+            logger.exception("maxact stopped measuring; serving goes on")
+
+    def stop(self) -> None:
+        """Close and deliver a last window; returns when that is done, within a second."""
+        self._halt.set()
+        if self.is_alive():
+            self.join(timeout=1)
+
+    def close_window(self) -> wire.Window:
+        """The statistics since the last call. Layout id and sequence number are the stream's business."""
+        state = self._state
+        taken = state.active
+        state.active = 1 - taken
+        folds = state.folds
+        while folds % 2 and state.folds == folds:  # a fold is being launched, into which set we cannot know
+            time.sleep(0.0002)
+        tokens = tuple(state.tokens[taken].tolist())
+        values = self._take(taken) if any(tokens) else stats.empty(len(self._layout.sites))
+        state.tokens[taken][:] = 0
+        np.maximum(self._lifetime[..., stats.MAX], values[..., stats.MAX], out=self._lifetime[..., stats.MAX])
+        np.minimum(self._lifetime[..., stats.MIN], values[..., stats.MIN], out=self._lifetime[..., stats.MIN])
+        if any(tokens):
+            self._watch_silent_sites(values)
+        start, self._since = self._since, time.time()
+        return wire.Window(
+            layout_id=0,
+            sequence=0,
+            start_seconds=start,
+            end_seconds=self._since,
+            tokens=tokens,
+            values=values,
+            lifetime=self._lifetime.copy(),
+        )
+
+    def _watch_silent_sites(self, values: stats.Values) -> None:
+        """Say so when tokens flow and a site stays empty: a hook that vLLM optimized away must not pass unnoticed."""
+        empty = np.isneginf(values[..., stats.MAX]) & (values[..., stats.NONFINITE] == 0)
+        silent = set(np.flatnonzero(empty.all(axis=0)).tolist())
+        new = silent - (self._silent or set())
+        self._silent = silent | (self._silent or set())
+        if new:
+            sites = [self._layout.sites[index] for index in sorted(new)]
+            names = ", ".join(site.name if site.layer is None else f"layers.{site.layer}.{site.name}" for site in sites)
+            logger.warning("maxact: tokens flow, yet %d of %d sites saw none: %s", len(new), values.shape[1], names)
+
+
+def _take_from_cpu(state: Accumulators) -> Callable[[int], stats.Values]:
+    def take(index: int) -> stats.Values:
+        values: stats.Values = state.values[index].numpy().copy()
+        state.values[index].copy_(state.empty)
+        return values
+
+    return take
+
+
+def _take_from_gpu(state: Accumulators) -> Callable[[int], stats.Values]:
+    """Copy on a side stream into pinned memory, empty the set behind it, and wait on this thread only."""
+    side_stream = torch.cuda.Stream(state.empty.device)
+    pinned = torch.empty(state.empty.shape, dtype=torch.float32, pin_memory=True)
+    # A blocking event lets this thread sleep in the driver instead of spinning on a core.
+    done = torch.cuda.Event(blocking=True)
+
+    def take(index: int) -> stats.Values:
+        side_stream.wait_stream(state.stream)
+        with torch.cuda.stream(side_stream):
+            pinned.copy_(state.values[index], non_blocking=True)
+            state.values[index].copy_(state.empty)
+            done.record()
+        done.synchronize()
+        values: stats.Values = pinned.numpy().copy()
+        return values
+
+    return take

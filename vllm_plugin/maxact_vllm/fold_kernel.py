@@ -1,0 +1,88 @@
+"""Hop 3/9 on a GPU: `fold.fold` as one Triton kernel, one program per site.
+
+Launched once per step on the model's stream. A program owns its site, so accumulating needs no atomics: steps are
+ordered by the stream. Padded rows are never loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from maxact_proto import stats
+
+_BLOCK = 512
+
+
+# Without this every new divisibility of an integer would compile the kernel once more, in the middle of serving.
+@triton.jit(do_not_specialize=["num_tokens", "uniform_phase"])  # type: ignore[untyped-decorator, unused-ignore]
+def _fold_kernel(  # type: ignore[no-untyped-def]
+    block_ptr,  # float32 [4, sites, padded]: max, min, sum_squares, sum_abs per token; max is reset to -inf
+    codes_ptr,  # int8 [num_tokens]: phase of each token; unused where UNIFORM
+    values_ptr,  # float32 [phases, sites, 5], mutated
+    num_tokens,
+    uniform_phase,
+    stride_stat,
+    stride_site,
+    num_sites,
+    UNIFORM: tl.constexpr,
+    PHASES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    site = tl.program_id(0)
+    rows = block_ptr + site.to(tl.int64) * stride_site
+    phase_first = 0
+    phase_last = PHASES
+    if UNIFORM:
+        phase_first = uniform_phase
+        phase_last = uniform_phase + 1
+    for phase in range(phase_first, phase_last):
+        into = values_ptr + (phase * num_sites + site) * 5
+        top = tl.load(into)
+        bottom = tl.load(into + 1)
+        squares = tl.load(into + 2)
+        magnitudes = tl.load(into + 3)
+        broken = tl.load(into + 4)
+        for start in range(0, num_tokens, BLOCK):
+            token = start + tl.arange(0, BLOCK)
+            here = token < num_tokens
+            if not UNIFORM:
+                here = here & (tl.load(codes_ptr + token, mask=here, other=-1) == phase)
+            high = tl.load(rows + token, mask=here, other=float("-inf"))
+            low = tl.load(rows + stride_stat + token, mask=here, other=float("inf"))
+            # Comparisons with a NaN are false, so this is "finite" without a library call.
+            finite = here & (tl.abs(high) < float("inf")) & (tl.abs(low) < float("inf"))
+            ran = here & (high != float("-inf"))
+            square = tl.load(rows + 2 * stride_stat + token, mask=finite, other=0.0)
+            magnitude = tl.load(rows + 3 * stride_stat + token, mask=finite, other=0.0)
+            top = tl.maximum(top, tl.max(tl.where(finite, high, float("-inf")), axis=0))
+            bottom = tl.minimum(bottom, tl.min(tl.where(finite, low, float("inf")), axis=0))
+            squares += tl.sum(square, axis=0)
+            magnitudes += tl.sum(magnitude, axis=0)
+            broken += tl.sum((ran & ~finite).to(tl.float32), axis=0)
+            tl.store(rows + token, tl.full([BLOCK], float("-inf"), tl.float32), mask=here)
+        tl.store(into, top)
+        tl.store(into + 1, bottom)
+        tl.store(into + 2, squares)
+        tl.store(into + 3, magnitudes)
+        tl.store(into + 4, broken)
+
+
+def fold_on_gpu(block: torch.Tensor, num_tokens: int, phases: int | torch.Tensor, values: torch.Tensor) -> None:
+    """`fold.fold` on the current stream. ``phases``: one phase, or int8 ``[num_tokens]`` on the device."""
+    uniform = isinstance(phases, int)
+    _fold_kernel[(block.shape[1],)](
+        block,
+        values if uniform else phases,
+        values,
+        num_tokens,
+        phases if uniform else 0,
+        block.stride(0),
+        block.stride(1),
+        block.shape[1],
+        UNIFORM=uniform,
+        PHASES=len(stats.PHASES),
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )

@@ -1,0 +1,204 @@
+"""Hop 2/9: which tensors of a loaded model are sites, found by the role of modules, never by architecture names.
+
+What is looked for: the list of decoder layers (its members hold vLLM's attention-like layers), in each layer the block
+around that layer and the other block with linear layers (the MLP), the linear layers in them, and beside the list the
+embedding and the final norm. A role that cannot be found yields no site; a model without a layer list yields none.
+
+The residual stream needs care: most layers return an un-added ``(hidden, residual)`` and the add is fused into the next
+norm, so `hidden` of layer i is read at the first norm of layer i + 1 (or the final norm), which has just made it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from maxact_vllm.compat import holds_attention, is_missing_layer
+
+Reads = Literal["input", "output", "residual"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tap:
+    """Where one site is read: ``reads`` of ``module``.
+
+    ``input``: the first tensor argument. ``output``: the output, or the first of a tuple. ``residual``: the second of
+    a ``(normed, residual)`` tuple, or the input of a norm that was given no residual: the residual stream itself.
+    """
+
+    layer: int | None
+    name: str
+    path: str
+    module: nn.Module
+    reads: Reads
+    width: int
+    """Elements per token on this rank."""
+    sharded: bool = False
+
+
+def find_taps(model: nn.Module, hidden_size: int, num_layers: int) -> list[Tap]:
+    """All sites of a model this rank holds, in the order a token meets them. Empty where no layer list is found."""
+    found = _layer_list(model, num_layers)
+    if found is None:
+        return []
+    path, layers = found
+    around_path, _, _ = path.rpartition(".")
+    around = model.get_submodule(around_path)
+    taps = list(_embedding(around, around_path, hidden_size))
+    for index, layer in enumerate(layers):
+        if not is_missing_layer(layer):
+            taps += _layer_taps(index, f"{path}.{index}", layer, hidden_size)
+    final_norm = _final_norm(around, around_path)
+    taps += _hidden_taps(path, list(layers), final_norm, hidden_size)
+    if final_norm is not None:
+        name, norm = final_norm
+        taps.append(
+            Tap(layer=None, name="final_norm", path=name, module=norm, reads="output", width=hidden_size),
+        )
+    return taps
+
+
+def _layer_list(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList] | None:
+    """The longest module list of ``num_layers`` members with attention in them, and its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and holds_attention(module):
+            return path, module
+    return None
+
+
+def _embedding(around: nn.Module, path: str, hidden_size: int) -> Iterator[Tap]:
+    for name, child in around.named_children():
+        if isinstance(child, VocabParallelEmbedding) and not isinstance(child, ParallelLMHead):
+            yield Tap(
+                layer=None,
+                name="embedding",
+                path=_join(path, name),
+                module=child,
+                reads="output",
+                width=getattr(child, "embedding_dim", hidden_size),
+            )
+            return
+
+
+def _layer_taps(index: int, path: str, layer: nn.Module, hidden_size: int) -> Iterator[Tap]:
+    children = list(layer.named_children())
+    attention = next(((name, child) for name, child in children if holds_attention(child)), None)
+    if attention is not None:
+        names = ("attn_input", "o_proj_input", "attn_output")
+        yield from _block_taps(index, _join(path, attention[0]), attention[1], names, hidden_size)
+    mlp = next((item for item in children if item != attention and _is_block(item[1])), None)
+    if mlp is not None:
+        names = ("mlp_input", "down_proj_input", "mlp_output")
+        yield from _block_taps(index, _join(path, mlp[0]), mlp[1], names, hidden_size)
+    elif any(isinstance(child, LinearBase) for _, child in children):
+        yield from _bare_mlp_taps(index, path, layer)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not _is_norm(module) and any(
+        isinstance(inner, LinearBase) for inner in module.modules() if inner is not module
+    )
+
+
+def _block_taps(
+    index: int, path: str, block: nn.Module, names: tuple[str, str, str], hidden_size: int
+) -> Iterator[Tap]:
+    into, out_of, output = names
+    linears = [(name, inner) for name, inner in block.named_modules() if isinstance(inner, LinearBase)]
+    columns = [name for name, inner in linears if not isinstance(inner, RowParallelLinear)]
+    rows = [name for name, inner in linears if isinstance(inner, RowParallelLinear)]
+    if columns:
+        yield _input_tap(index, into, path, block, columns[0])
+    if rows:
+        yield _input_tap(index, out_of, path, block, rows[-1])
+    yield Tap(layer=index, name=output, path=path, module=block, reads="output", width=hidden_size)
+
+
+def _bare_mlp_taps(index: int, path: str, layer: nn.Module) -> Iterator[Tap]:
+    """OPT's way: the two linear layers of the MLP stand in the decoder layer itself."""
+    for name, linear in layer.named_children():
+        if isinstance(linear, RowParallelLinear):
+            yield _input_tap(index, "down_proj_input", path, layer, name)
+            width = linear.output_size
+            yield Tap(
+                layer=index, name="mlp_output", path=_join(path, name), module=linear, reads="output", width=width
+            )
+        elif isinstance(linear, LinearBase):
+            yield _input_tap(index, "mlp_input", path, layer, name)
+
+
+def _input_tap(index: int, site: str, path: str, parent: nn.Module, name: str) -> Tap:
+    linear = parent.get_submodule(name)
+    sharded = isinstance(linear, RowParallelLinear) and linear.input_is_parallel and linear.tp_size > 1
+    width = linear.input_size_per_partition if sharded else linear.input_size
+    # A LoRA wrapper computes with the layer it wraps, but never calls it.
+    called = name.removesuffix(".base_layer")
+    return Tap(
+        layer=index,
+        name=site,
+        path=_join(path, called),
+        module=parent.get_submodule(called),
+        reads="input",
+        width=width,
+        sharded=sharded,
+    )
+
+
+def _hidden_taps(
+    path: str, layers: list[nn.Module], final_norm: tuple[str, nn.Module] | None, hidden_size: int
+) -> Iterator[Tap]:
+    for index, layer in enumerate(layers):
+        if is_missing_layer(layer):
+            yield from _hidden_before(index, path, layers, hidden_size)
+        elif not _returns_unadded(layer):
+            yield _hidden(index, _join(path, str(index)), layer, "output", hidden_size)
+        elif index + 1 == len(layers):
+            if final_norm is not None:
+                yield _hidden(index, *final_norm, "residual", hidden_size)
+        elif not is_missing_layer(layers[index + 1]):
+            yield from _at_first_norm(index, path, layers[index + 1], hidden_size)
+
+
+def _hidden_before(index: int, path: str, layers: list[nn.Module], hidden_size: int) -> Iterator[Tap]:
+    """The last layer of the pipeline stage before this one: its residual is made by our first norm."""
+    following = layers[index + 1 : index + 2]
+    if following and not is_missing_layer(following[0]) and _returns_unadded(following[0]):
+        yield from _at_first_norm(index, path, following[0], hidden_size)
+
+
+def _at_first_norm(index: int, path: str, following: nn.Module, hidden_size: int) -> Iterator[Tap]:
+    norm = _first_norm(following)
+    if norm is not None:
+        yield _hidden(index, _join(path, f"{index + 1}.{norm[0]}"), norm[1], "residual", hidden_size)
+
+
+def _hidden(index: int, path: str, module: nn.Module, reads: Reads, hidden_size: int) -> Tap:
+    return Tap(layer=index, name="hidden", path=path, module=module, reads=reads, width=hidden_size)
+
+
+def _returns_unadded(layer: nn.Module) -> bool:
+    return "residual" in inspect.signature(layer.forward).parameters
+
+
+def _first_norm(layer: nn.Module) -> tuple[str, nn.Module] | None:
+    norms = [(name, child) for name, child in layer.named_children() if _is_norm(child)]
+    return next((norm for norm in norms if norm[0] == "input_layernorm"), norms[0] if norms else None)
+
+
+def _final_norm(around: nn.Module, path: str) -> tuple[str, nn.Module] | None:
+    norms = [(name, child) for name, child in around.named_children() if _is_norm(child)]
+    return next(((_join(path, name), child) for name, child in reversed(norms)), None)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
