@@ -1,0 +1,163 @@
+"""What observing costs: several engines in one process, taking turns, every engine step timed.
+
+    python benchmarks/bench_overhead.py --model DIR [--columns base,serving,base2,all,eager] [--batches 1,8,32]
+
+Columns: ``base`` and ``base2`` are the same engine twice (the difference between the two is the noise of the method),
+``serving``/``paper``/``all`` observe that preset and stream to a receiver on loopback, ``eager`` is vLLM without
+torch.compile and CUDA graphs. All engines live side by side, so that clocks, thermals and neighbours are shared; in
+every round each column runs the same requests, in an order that is turned by one from round to round.
+
+The figure of a column is the median over rounds of (its median decode step / base's median decode step of that round);
+its spread is the interquartile range of these ratios. Prefill is seconds per batch of 8 long prompts.
+
+Last line: ``RESULT {"serving_overhead_pct": .., "all_overhead_pct": .., "eager_overhead_pct": .., "noise_pct": ..}``:
+the worst batch of each column, decode and prefill, in percent over base; keys only for columns that ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PRESETS = ("serving", "paper", "all")
+
+
+def main() -> None:
+    """Build the engines, let them take turns, print the table."""
+    args = _parse()
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "vllm_plugin"))
+    from receiver import Listening
+
+    with Listening() as listening:
+        engines = {column: _engine(column, args, listening.endpoint) for column in args.columns}
+        rows = [row for batch in args.batches for row in _decode(engines, batch, args)]
+        rows += _prefill(engines, args)
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        if args.out:
+            with Path(args.out).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    print("RESULT " + json.dumps(_result(rows, args.columns)), flush=True)
+    os._exit(0)  # engines of one process take long to tear down, and nothing is left to save
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--columns", type=lambda text: text.split(","), default=["base", "serving", "base2", "all"])
+    parser.add_argument("--batches", type=lambda text: [int(size) for size in text.split(",")], default=[1, 8, 32])
+    parser.add_argument("--steps", type=int, default=64, help="decode steps per turn")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prompt", type=int, default=16, help="prompt tokens of decode batches")
+    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the 8 prefill prompts")
+    parser.add_argument("--memory", type=float, default=None, help="gpu_memory_utilization of each engine")
+    parser.add_argument("--dummy", action="store_true", help="random weights (shapes only)")
+    parser.add_argument("--capture-sizes", type=lambda text: [int(size) for size in text.split(",")], default=None)
+    parser.add_argument("--out", default="", help="append rows as JSON lines")
+    return parser.parse_args()
+
+
+def _engine(column: str, args: argparse.Namespace, endpoint: str) -> Any:
+    from vllm import LLM
+
+    kwargs: dict[str, Any] = {}
+    if column in PRESETS:
+        kwargs["additional_config"] = {"maxact": {"sites": column, "endpoint": endpoint}}
+    if args.memory:
+        kwargs["gpu_memory_utilization"] = args.memory
+    if args.dummy:
+        kwargs["load_format"] = "dummy"
+    if args.capture_sizes and column != "eager":
+        kwargs["compilation_config"] = {"cudagraph_capture_sizes": args.capture_sizes}
+    started = time.monotonic()
+    engine = LLM(
+        model=args.model,
+        skip_tokenizer_init=True,
+        max_model_len=max(args.prefill + 16, args.prompt + args.steps + 32),
+        max_num_seqs=max(*args.batches, 8),
+        max_num_batched_tokens=max(2048, args.prefill + 16),
+        enforce_eager=column == "eager",
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **kwargs,
+    ).llm_engine
+    print(json.dumps({"kind": "start", "column": column, "seconds": round(time.monotonic() - started, 1)}), flush=True)
+    return engine
+
+
+def _turn(engine: Any, batch: int, prompt: int, steps: int, seed: int) -> list[float]:
+    """Seconds of every engine step while ``batch`` requests run to their end."""
+    from vllm import SamplingParams, TokensPrompt
+
+    draw = random.Random(seed)
+    vocabulary = engine.vllm_config.model_config.get_vocab_size()
+    sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False)
+    for index in range(batch):
+        tokens = [draw.randrange(10, vocabulary - 10) for _ in range(prompt)]
+        engine.add_request(f"{seed}-{index}", TokensPrompt(prompt_token_ids=tokens), sampling)
+    seconds = []
+    now = time.perf_counter()
+    while engine.has_unfinished_requests():
+        engine.step()
+        now, before = time.perf_counter(), now
+        seconds.append(now - before)
+    return seconds
+
+
+def _decode(engines: dict[str, Any], batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    def measure(engine: Any, seed: int) -> float:
+        return statistics.median(_turn(engine, batch, args.prompt, args.steps, seed)[4:-4])
+
+    return _rounds("decode", engines, batch, args.rounds, measure)
+
+
+def _prefill(engines: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+    def measure(engine: Any, seed: int) -> float:
+        return sum(_turn(engine, 8, args.prefill, 1, seed))
+
+    return _rounds("prefill", engines, 8, args.rounds, measure)
+
+
+def _rounds(kind: str, engines: dict[str, Any], batch: int, rounds: int, measure: Any) -> list[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {column: [] for column in engines}
+    order = list(engines)
+    for column in order:
+        measure(engines[column], 0)
+    for turn in range(rounds):
+        for column in order[turn % len(order) :] + order[: turn % len(order)]:
+            seconds[column].append(measure(engines[column], turn + 1))
+    return [_row(kind, batch, column, seconds) for column in order]
+
+
+def _row(kind: str, batch: int, column: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    ratios = [own / base for own, base in zip(seconds[column], seconds["base"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return {
+        "kind": kind,
+        "batch": batch,
+        "column": column,
+        "median_ms": round(1e3 * statistics.median(seconds[column]), 4),
+        "over_base_pct": round(100 * (statistics.median(ratios) - 1), 3),
+        "iqr_pct": [round(100 * (low - 1), 3), round(100 * (high - 1), 3)],
+    }
+
+
+def _result(rows: list[dict[str, Any]], columns: list[str]) -> dict[str, float]:
+    names = {"base2": "noise_pct"} | {name: f"{name}_overhead_pct" for name in (*PRESETS, "eager")}
+    return {
+        names[column]: max((row["over_base_pct"] for row in rows if row["column"] == column), key=abs)
+        for column in columns
+        if column in names
+    }
+
+
+if __name__ == "__main__":
+    main()

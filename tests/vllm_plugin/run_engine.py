@@ -1,0 +1,81 @@
+"""Run as a program: one in-process vLLM engine, observed, over given prompts; the raw tensors beside it if asked.
+
+``run_engine.py SPEC.json OUT.npz``. SPEC: ``llm`` (arguments of `vllm.LLM`), ``batches`` (each a list of prompts as
+token ids with ``max_tokens``), ``raw`` (also collect every site's tensor with plain forward hooks, without maxact's
+code). OUT: ``<layer>.<site>`` -> float32 ``[rows, 2]`` (max, min per token row) and ``positions`` int64 ``[rows]``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class RawHooks:
+    """Collects the tensors of every site of a Llama model in eager mode, by module name."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[Any]] = {}
+
+    def install(self, model: Any) -> None:
+        """Hook each module where its site is defined."""
+        llama = model.model
+        self._output(llama.embed_tokens, "-.embedding", lambda out: out)
+        self._output(llama.norm, "-.final_norm", lambda out: out[0])
+        for index, layer in enumerate(llama.layers):
+            self._input(layer.self_attn.qkv_proj, f"{index}.attn_input")
+            self._input(layer.self_attn.o_proj, f"{index}.o_proj_input")
+            self._output(layer.self_attn, f"{index}.attn_output", lambda out: out)
+            self._input(layer.mlp.gate_up_proj, f"{index}.mlp_input")
+            self._input(layer.mlp.down_proj, f"{index}.down_proj_input")
+            self._output(layer.mlp, f"{index}.mlp_output", lambda out: out)
+            # The residual add that vLLM fuses into the next norm, in the precision of its native form.
+            self._output(layer, f"{index}.hidden", lambda out: (out[0].float() + out[1].float()).to(out[0].dtype))
+        llama.layers[0].register_forward_pre_hook(self._positions)
+
+    def _output(self, module: Any, name: str, pick: Any) -> None:
+        module.register_forward_hook(lambda _, args, out: self._keep(name, pick(out)))
+
+    def _input(self, module: Any, name: str) -> None:
+        module.register_forward_pre_hook(lambda _, args: self._keep(name, args[0]))
+
+    def _keep(self, name: str, x: Any) -> None:
+        rows = np.stack([x.max(dim=-1).values.float().numpy(), x.min(dim=-1).values.float().numpy()], axis=-1)
+        self.rows.setdefault(name, []).append(rows)
+
+    def _positions(self, layer: Any, args: Any) -> None:
+        self.rows.setdefault("positions", []).append(args[0].numpy().copy())
+
+    def save(self, path: str) -> None:
+        """Write all rows of all steps."""
+        np.savez(path, **{name: np.concatenate(rows) for name, rows in self.rows.items()})
+
+
+def main(spec_path: str, out_path: str) -> None:
+    """Serve the batches of a spec, one after another."""
+    spec = json.loads(Path(spec_path).read_text())
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    started = time.monotonic()
+    llm = LLM(**spec["llm"])
+    print(f"engine up in {time.monotonic() - started:.1f} s", flush=True)
+    raw = RawHooks()
+    if spec.get("raw"):
+        llm.apply_model(raw.install)
+    time.sleep(spec.get("idle_seconds", 0))
+    for batch in spec["batches"]:
+        sampling = SamplingParams(temperature=0, max_tokens=batch["max_tokens"], ignore_eos=True, detokenize=False)
+        prompts = [TokensPrompt(prompt_token_ids=ids) for ids in batch["prompts"]]
+        llm.generate(prompts, sampling, use_tqdm=False)
+    raw.save(out_path)
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    main(*sys.argv[1:])
