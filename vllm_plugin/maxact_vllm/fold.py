@@ -49,8 +49,9 @@ class Accumulators:
 def fold(block: torch.Tensor, num_tokens: int, phases: int | Codes, values: torch.Tensor) -> None:
     """Fold the first ``num_tokens`` rows of ``block`` into ``values``.
 
-    ``block``: float32 ``[4, sites, tokens]``; ``values``: float32 ``[phases, sites, stats]``, mutated. The plain torch form, for CPUs and as the reference of the Triton kernel. Rows of ``max`` are set back to -inf, so
-    that a site which does not run in the next step adds nothing.
+    ``block``: float32 ``[4, sites, tokens]``; ``values``: float32 ``[phases, sites, stats]``; both mutated. The plain
+    torch form, for CPUs and as the reference of the Triton kernel. Rows of ``max`` are set back to -inf, so that a site
+    which does not run in the next step adds nothing.
     """
     rows = block[:, :, :num_tokens]
     if isinstance(phases, int):
