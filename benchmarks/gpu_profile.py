@@ -3,8 +3,8 @@
     python benchmarks/gpu_profile.py --model DIR --sites none,serving,all --batch 32 --out F.json
 
 One engine after another, dummy weights; each is timed over pure decode steps (CUDA-graph replay), then profiled over as
-many with torch's profiler. ``host_us`` is the time our code holds the model's thread per step. Last line: ``RESULT`` with
-``{"<sites>": {"step_us": .., "host_us": .., "kernels_per_step": .., "gpu_us_per_step": ..}}``; the file lists every kernel.
+many with torch's profiler. ``host_us`` is the time our code holds the model's thread per step; the file lists every
+kernel. Last line: ``RESULT`` with ``step_us``, ``host_us``, ``kernels_per_step`` and ``gpu_us_per_step`` per selection.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 from maxact_proto import stats
 from maxact_sidecar import merge
 from maxact_sidecar.config import describe
-from maxact_sidecar.state import Snapshot, SiteKey
+from maxact_sidecar.state import SiteKey, Snapshot
 
 SCHEMA: Literal[1] = 1
 
@@ -92,6 +92,11 @@ class Card(BaseModel):
                 raise ValueError(f"sites[{index}]: layer {site.layer} {site.site} {site.phase} is listed twice")
             seen.add(key)
         return self
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all phases."""
+        return self.tokens.first + self.tokens.prefill + self.tokens.decode
 
     def limits(self) -> dict[SiteKey, float]:
         """The calibrated absmax per site, over all phases."""

@@ -6,9 +6,9 @@ every meaning has its own limit:
 - ``range``: the absmax of a calibration card, all phases. Below 1 the traffic left what was calibrated.
 - ``fp16``: 65504, the largest finite half. Below 1 an fp16 run of this model would have overflowed.
 
-A flag is raised when a window's ratio falls below the raise threshold, so that one spike shows at once, and cleared when
-the ratio over the hold horizon is back at the clear threshold *and* the flag has been up for its minimum time. Judging
-costs a few numpy calls per window; Python runs only for flags that change.
+A flag is raised when a window's ratio falls below the raise threshold, so that one spike shows at once, and cleared
+when the ratio over the hold horizon is back at the clear threshold *and* the flag has been up for its minimum time.
+Judging costs a few numpy calls per window; Python runs only for flags that change.
 
 Shapes: P phases, S sites, M meanings.
 """
@@ -80,7 +80,8 @@ class Evidence:
 def ratio(limit: npt.NDArray[np.float64], absmax: Floats) -> npt.NDArray[np.float64]:
     """``limit [M, S] / absmax [S]``; NaN where either is unknown or the absmax is not positive."""
     known = np.isfinite(absmax) & (absmax > 0)
-    return limit / np.where(known, absmax, np.nan)
+    headroom: npt.NDArray[np.float64] = limit / np.where(known, absmax, np.nan)
+    return headroom
 
 
 class Flags:

@@ -78,10 +78,12 @@ class Statistics:
     def crest_ratio(self) -> npt.NDArray[np.float64]:
         """``[P, S]``: absmax / rms."""
         rms = self.rms
-        return self.absmax / np.where(rms > 0, rms, np.nan)
+        crest: npt.NDArray[np.float64] = self.absmax / np.where(rms > 0, rms, np.nan)
+        return crest
 
     def _per_element(self, row: int) -> npt.NDArray[np.float64]:
-        return self.sums[row] / np.where(self.elements > 0, self.elements, np.nan)
+        mean: npt.NDArray[np.float64] = self.sums[row] / np.where(self.elements > 0, self.elements, np.nan)
+        return mean
 
 
 class RankState:

@@ -203,7 +203,7 @@ class Engine:
             if not any(rank.streams for rank in self._ranks.values()):
                 self.disconnected_at = now.steady
 
-    def merge(self, rank: merge.RankState, window: wire.Window, now: Instant) -> bool:
+    def merge_window(self, rank: merge.RankState, window: wire.Window, now: Instant) -> bool:
         """Merge and judge a window; False where it was merged before."""
         with self._lock:
             if window.sequence <= rank.last_sequence:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import os
 
-__all__ = ["__version__", "register"]
+from maxact_proto import __version__
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "register"]
 
 logger = logging.getLogger("vllm.maxact")
 

@@ -1,0 +1,35 @@
+"""The command line ``maxact``. Heavy parts are imported by the command that needs them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from maxact_proto import __version__
+from maxact_sidecar import cli as sidecar_cli
+
+app = typer.Typer(
+    name="maxact",
+    help="Live activation ranges and quantization headroom from inside vLLM.\n\n"
+    "To start: maxact serve MODEL (a sidecar and vllm serve MODEL --plugin maxact, one process to stop).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(sidecar_cli.sidecar)
+app.command()(sidecar_cli.card)
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point."""
+    app()

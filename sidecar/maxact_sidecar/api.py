@@ -1,0 +1,214 @@
+"""What ``/api/v1`` answers: typed JSON, made from snapshots. A quantity that is not known is null."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from pydantic import BaseModel
+
+from maxact_proto import stats
+from maxact_sidecar import merge
+from maxact_sidecar.card import CardTokens, LoadedCard
+from maxact_sidecar.headroom import MEANINGS
+from maxact_sidecar.state import Snapshot
+
+
+class RankView(BaseModel):
+    """One worker. Times are seconds since the epoch."""
+
+    rank: str
+    connected: bool
+    last_window_seconds: float | None
+    windows: int
+    coalesced: int
+
+
+class EngineView(BaseModel):
+    """One engine of a model."""
+
+    engine: str
+    instance: str
+    vllm_version: str
+    sites: int
+    ranks: list[RankView]
+    tokens: CardTokens
+
+
+class ModelView(BaseModel):
+    """One served model."""
+
+    model: str
+    model_type: str
+    dtype: str
+    engines: list[EngineView]
+    cards: list[str]
+
+
+class PhaseView(BaseModel):
+    """Statistics of one site in one phase over the hold horizon; ``absmax_high_water`` ever."""
+
+    tokens: int
+    absmax: float | None
+    max: float | None
+    min: float | None
+    rms: float | None
+    mean_abs: float | None
+    crest_ratio: float | None
+    nonfinite: int
+    absmax_high_water: float | None
+
+
+class SiteView(BaseModel):
+    """One site of one engine."""
+
+    model: str
+    engine: str
+    layer: int | None
+    site: str
+    module: str
+    width: int
+    phases: dict[str, PhaseView]
+    absmax: float | None
+    absmax_high_water: float | None
+    headroom: dict[str, float | None]
+
+
+class FlagView(BaseModel):
+    """One headroom flag, raised now or before."""
+
+    model: str
+    engine: str
+    layer: int | None
+    site: str
+    meaning: str
+    phase: str
+    absmax: float
+    limit: float
+    headroom_ratio: float
+    threshold: float
+    since: float
+    last_exceeded: float
+    active: bool
+
+
+class CardView(BaseModel):
+    """One calibration card in use."""
+
+    name: str
+    model: str
+    tokens: CardTokens
+    sites: int
+
+
+def view_models(snapshots: Iterable[Snapshot], cards: Sequence[LoadedCard]) -> list[ModelView]:
+    """Models with their engines."""
+    views: dict[str, ModelView] = {}
+    for snapshot in snapshots:
+        view = views.get(snapshot.model)
+        if view is None:
+            named = [card.name for card in cards if card.served_model == snapshot.model]
+            view = views[snapshot.model] = ModelView(
+                model=snapshot.model, model_type=snapshot.model_type, dtype=snapshot.dtype, engines=[], cards=named
+            )
+        view.engines.append(_view_engine(snapshot))
+    return list(views.values())
+
+
+def _view_engine(snapshot: Snapshot) -> EngineView:
+    return EngineView(
+        engine=snapshot.engine,
+        instance=snapshot.instance,
+        vllm_version=snapshot.vllm_version,
+        sites=len(snapshot.keys),
+        ranks=[
+            RankView(
+                rank=rank.rank,
+                connected=rank.connected,
+                last_window_seconds=rank.last_window_seconds,
+                windows=rank.windows,
+                coalesced=rank.coalesced,
+            )
+            for rank in snapshot.ranks
+        ],
+        tokens=CardTokens(**dict(zip(stats.PHASES, snapshot.tokens, strict=True))),
+    )
+
+
+def view_sites(snapshots: Iterable[Snapshot]) -> list[SiteView]:
+    """All sites of the engines."""
+    return [view for snapshot in snapshots for view in _view_engine_sites(snapshot)]
+
+
+def _view_engine_sites(snapshot: Snapshot) -> list[SiteView]:
+    hold = snapshot.hold
+    columns = {
+        "absmax": hold.absmax,
+        "max": hold.extrema[stats.MAX],
+        "min": hold.extrema[stats.MIN],
+        "rms": hold.rms,
+        "mean_abs": hold.mean_abs,
+        "crest_ratio": hold.crest_ratio,
+        "absmax_high_water": snapshot.high_water,
+    }
+    tokens, nonfinite = hold.sums[merge.TOKENS], snapshot.nonfinite
+    peak, high_water, headroom = snapshot.absmax, snapshot.high_water.max(axis=0), snapshot.headroom_ratio
+    return [
+        SiteView(
+            model=snapshot.model,
+            engine=snapshot.engine,
+            layer=layer,
+            site=name,
+            module=snapshot.sites[index].module,
+            width=snapshot.sites[index].width,
+            phases={
+                phase: PhaseView(
+                    tokens=int(tokens[row, index]),
+                    nonfinite=int(nonfinite[row, index]),
+                    **{column: _known(values[row, index]) for column, values in columns.items()},
+                )
+                for row, phase in enumerate(stats.PHASES)
+            },
+            absmax=_known(peak[index]),
+            absmax_high_water=_known(high_water[index]),
+            headroom={meaning: _known(headroom[row, index]) for row, meaning in enumerate(MEANINGS)},
+        )
+        for index, (layer, name) in enumerate(snapshot.keys)
+    ]
+
+
+def _known(value: np.floating) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def view_flags(snapshots: Iterable[Snapshot]) -> list[FlagView]:
+    """Flags, raised ones first, the latest first."""
+    views = [
+        FlagView(
+            model=snapshot.model,
+            engine=snapshot.engine,
+            layer=snapshot.keys[flag.site][0],
+            site=snapshot.keys[flag.site][1],
+            meaning=flag.meaning,
+            phase=flag.phase,
+            absmax=flag.absmax,
+            limit=flag.limit,
+            headroom_ratio=flag.headroom_ratio,
+            threshold=flag.threshold,
+            since=flag.since,
+            last_exceeded=flag.last_exceeded,
+            active=flag.active,
+        )
+        for snapshot in snapshots
+        for flag in snapshot.evidence
+    ]
+    return sorted(views, key=lambda view: (not view.active, -view.since, view.headroom_ratio))
+
+
+def view_card(loaded: LoadedCard) -> CardView:
+    """One card."""
+    return CardView(
+        name=loaded.name, model=loaded.served_model, tokens=loaded.card.tokens, sites=len(loaded.card.limits())
+    )

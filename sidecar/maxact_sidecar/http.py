@@ -1,0 +1,125 @@
+"""The HTTP side: metrics, health, JSON and the page. Handlers run on the event loop, beside the gRPC service."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from importlib import resources
+from typing import Annotated
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse
+
+from maxact_sidecar import __version__, api
+from maxact_sidecar.card import Card, CardError, build_card
+from maxact_sidecar.collector import OPENMETRICS, TEXT, Collector
+from maxact_sidecar.fleet import Fleet
+from maxact_sidecar.ingest import clock
+from maxact_sidecar.state import Snapshot
+
+_MAX_CARD_BYTES = 64 * 1024 * 1024
+"""20,000 sites x 3 phases of a card are about 15 MB."""
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+Model = Annotated[str | None, Query(description="Served model name; needed where several models are served")]
+Engine = Annotated[str | None, Query(description="Engine name; all engines of the model where omitted")]
+
+
+def make_app(fleet: Fleet, collector: Collector) -> FastAPI:
+    """The application."""
+    app = FastAPI(title="maxact sidecar", version=__version__, docs_url=None, redoc_url=None)
+    page = resources.files("maxact_sidecar").joinpath("page/index.html").read_text()
+
+    @app.get("/", include_in_schema=False)
+    async def show_page() -> Response:
+        return HTMLResponse(page, headers=_PAGE_HEADERS)
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics(request: Request) -> Response:
+        """Prometheus text format, or OpenMetrics where the client accepts it."""
+        as_openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
+        body = collector.render(fleet.snapshots(clock()), fleet.cards, as_openmetrics=as_openmetrics)
+        headers = {"Content-Type": OPENMETRICS if as_openmetrics else TEXT, "Vary": "Accept, Accept-Encoding"}
+        if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
+            body = gzip.compress(body, compresslevel=1)
+            headers["Content-Encoding"] = "gzip"
+        return Response(body, headers=headers)
+
+    @app.get("/-/healthy", response_class=PlainTextResponse)
+    async def healthy() -> str:
+        """The process answers."""
+        return "healthy\n"
+
+    @app.get("/-/ready", response_class=PlainTextResponse)
+    async def ready() -> str:
+        """Workers can connect: this listener comes up after the gRPC one."""
+        return "ready\n"
+
+    _add_api(app, fleet)
+    return app
+
+
+def _add_api(app: FastAPI, fleet: Fleet) -> None:
+    @app.get("/api/v1/models")
+    async def models() -> list[api.ModelView]:
+        """Served models, their engines and ranks."""
+        return api.view_models(fleet.snapshots(clock()), fleet.cards)
+
+    @app.get("/api/v1/sites")
+    async def sites(model: Model = None, engine: Engine = None) -> list[api.SiteView]:
+        """Statistics and headroom of every site."""
+        return api.view_sites(_select(fleet, model, engine))
+
+    @app.get("/api/v1/flags")
+    async def flags() -> list[api.FlagView]:
+        """Headroom flags, raised ones first."""
+        return api.view_flags(fleet.snapshots(clock()))
+
+    @app.get("/api/v1/cards")
+    async def cards() -> list[api.CardView]:
+        """Calibration cards in use."""
+        return [api.view_card(card) for card in fleet.cards]
+
+    @app.post("/api/v1/cards", status_code=201, responses={413: {"description": "Card too large"}})
+    async def use_card(card: Card, request: Request) -> api.CardView:
+        """Judge ``range`` against this card; it replaces the card of the same model."""
+        if int(request.headers.get("content-length", 0)) > _MAX_CARD_BYTES:
+            raise HTTPException(413, f"a card has at most {_MAX_CARD_BYTES} bytes")
+        return api.view_card(fleet.use_card(card, clock(), name=card.model))
+
+    @app.get(
+        "/api/v1/card",
+        responses={404: {"description": "No such model or engine"}, 409: {"description": "No tokens, or ambiguous"}},
+    )
+    async def card(model: Model = None, engine: Engine = None) -> Card:
+        """Everything seen since the workers started, as a calibration card."""
+        return _live_card(fleet, model, engine)
+
+
+def _live_card(fleet: Fleet, model: str | None, engine: str | None) -> Card:
+    served = sorted({snapshot.model for snapshot in fleet.snapshots(clock())})
+    if not served:
+        raise HTTPException(404, "no engine has connected yet")
+    if model is None and len(served) > 1:
+        raise HTTPException(409, f"several models are served, choose one with model=: {', '.join(served)}")
+    chosen = _select(fleet, model or served[0], engine)
+    if not chosen:
+        raise HTTPException(404, f"model {model or served[0]!r} engine {engine!r} is not served; served: {served}")
+    try:
+        return build_card(chosen, now=clock().wall, maxact_version=__version__)
+    except CardError as error:
+        raise HTTPException(409, str(error)) from None
+
+
+def _select(fleet: Fleet, model: str | None, engine: str | None) -> list[Snapshot]:
+    return [
+        snapshot
+        for snapshot in fleet.snapshots(clock())
+        if model in (None, snapshot.model) and engine in (None, snapshot.engine)
+    ]

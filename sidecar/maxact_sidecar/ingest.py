@@ -1,0 +1,113 @@
+"""Hop 7/9: the gRPC service: a layout opens a stream, windows come in, each is merged and judged, then acknowledged.
+
+A window is acknowledged after it was merged, never before: what a worker has not seen acknowledged it keeps. A message
+that breaks a limit of the wire ends its stream with INVALID_ARGUMENT and is counted by field.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from maxact_proto import wire
+from maxact_proto.v1 import telemetry_pb2 as pb
+from maxact_proto.v1 import telemetry_pb2_grpc
+from maxact_sidecar.collector import SelfMetrics
+from maxact_sidecar.config import ConfigError, Settings
+from maxact_sidecar.fleet import Fleet
+from maxact_sidecar.headroom import Instant
+from maxact_sidecar.merge import RankState
+from maxact_sidecar.state import Engine
+
+_log = logging.getLogger(__name__)
+
+
+def clock() -> Instant:
+    """Now."""
+    return Instant(time.time(), time.monotonic())
+
+
+class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
+    """The service of `telemetry.proto`; one coroutine per worker."""
+
+    def __init__(self, fleet: Fleet, settings: Settings, metrics: SelfMetrics) -> None:
+        self._fleet = fleet
+        self._max_streams = settings.max_streams
+        self._metrics = metrics
+        self._num_streams = 0
+        self._next_layout_id = 1
+
+    async def Stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        """One worker, from its layout to its end."""
+        if self._num_streams >= self._max_streams:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_streams} streams are served already")
+        self._num_streams += 1
+        try:
+            async for response in self._serve(requests):
+                yield response
+        except wire.WireError as error:
+            self._metrics.windows_rejected.labels(error.field.partition("[")[0]).inc()
+            _log.warning("stream rejected peer=%s reason=%s", context.peer(), error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            self._num_streams -= 1
+
+    async def _serve(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        layout = await self._read_layout(requests)
+        if layout is None:
+            return
+        engine, rank = self._fleet.attach(layout)
+        layout_id, self._next_layout_id = self._next_layout_id, self._next_layout_id + 1
+        _log.info(
+            "worker connected model=%s engine=%s rank=%s sites=%d vllm=%s",
+            *(layout.model, engine.label, layout.rank, len(layout.sites), layout.vllm_version),
+        )
+        try:
+            yield pb.StreamResponse(
+                layout_accepted=pb.LayoutAccepted(layout_id=layout_id, last_sequence=rank.last_sequence)
+            )
+            async for request in requests:
+                yield self._merge(request, layout_id, engine, rank)
+        finally:
+            engine.detach(rank, clock())
+            _log.info("worker gone model=%s engine=%s rank=%s", layout.model, engine.label, layout.rank)
+
+    async def _read_layout(self, requests: AsyncIterator[Any]) -> wire.Layout | None:
+        async for request in requests:
+            if not request.HasField("layout"):
+                raise wire.WireError("layout", "is missing: it must be the first message of a stream")
+            return wire.decode_layout(request.layout)
+        return None
+
+    def _merge(self, request: Any, layout_id: int, engine: Engine, rank: RankState) -> Any:
+        if not request.HasField("window"):
+            raise wire.WireError("window", "is missing: every message after the layout is a window")
+        with self._metrics.ingest_seconds.time():
+            window = wire.decode_window(request.window, len(rank.layout.sites))
+            if window.layout_id != layout_id:
+                raise wire.WireError("window.layout_id", f"is {window.layout_id}, this stream's is {layout_id}")
+            engine.merge_window(rank, window, clock())
+        return pb.StreamResponse(window_ack=pb.WindowAck(sequence=window.sequence))
+
+
+async def start_server(telemetry: Telemetry, settings: Settings) -> Any:
+    """The gRPC server, listening. Raises `ConfigError` where the address cannot be had."""
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+            ("grpc.so_reuseport", 0),  # a second sidecar on the same port must fail, not share it in silence
+        ],
+    )
+    telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(telemetry, server)  # type: ignore[no-untyped-call]
+    try:
+        port = server.add_insecure_port(str(settings.grpc))
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise ConfigError(f"grpc: cannot listen on {settings.grpc}: is another sidecar running there?")
+    await server.start()
+    return server
