@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from maxact_calibration import serve as serving
 from maxact_proto import __version__
 from maxact_sidecar import cli as sidecar_cli
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serving.serve)
 app.command()(sidecar_cli.sidecar)
 app.command()(sidecar_cli.card)
 
