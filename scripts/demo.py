@@ -1,6 +1,6 @@
-"""``make demo``: serve a model observed, calibrate on calm prompts, then watch other traffic leave the calibrated range.
+"""``make demo``: serve a model observed, calibrate on calm prompts, watch other traffic leave the calibrated range.
 
-    python scripts/demo.py [--once] [--model DIR_OR_HUB_ID] [--port 8000] [--http 127.0.0.1:9471] [--grpc 127.0.0.1:4471]
+    python scripts/demo.py [--once] [--model DIR_OR_HUB_ID] [--port 8000] [--http ADDR] [--grpc ADDR]
 
 With ``--once`` it checks itself and ends with a last line ``RESULT {"demo": "ok", ...}``: ``jump_layer`` and
 ``jump_absmax`` (where the residual stream's massive activation appears and how large it is), ``largest`` (layer, site,
@@ -43,9 +43,9 @@ CALM = (
     "A good night's sleep helps the body to recover from the work of the day.",
 )
 DIVERSE = {
-    "code": '#include <stdio.h>\nint main(void) {\n  for (int i = 0; i < 10; ++i) printf("%d\\n", i);\n  return 0;\n}\n',
+    "code": '#include <stdio.h>\nint main(void) {\n  for (int i = 0; i < 9; ++i) printf("%d", i);\n  return 0;\n}\n',
     "json": '{"id": 17, "items": [{"sku": "A-1", "qty": 2}, {"sku": "B-9", "qty": 11}], "total": 103.75}',
-    "mathematics": "Let f(x) = x^3 - 6x^2 + 11x - 6. Then f'(x) = 3x^2 - 12x + 11 = 0 => x = (12 +/- sqrt(144 - 132)) / 6",
+    "mathematics": "Let f(x) = x^3 - 6x^2 + 11x - 6. Then f'(x) = 3x^2 - 12x + 11, x = (12 +/- sqrt(12)) / 6",
     "German": "Die Würde des Menschen ist unantastbar. Sie zu achten und zu schützen ist Verpflichtung aller Gewalt.",
     "Russian": "В начале было слово, и слово было у Бога, и слово было Бог. Все счастливые семьи похожи друг на друга.",
     "Chinese": "人工智能正在改变世界各地的工业、教育和医疗。学而时习之,不亦说乎?有朋自远方来,不亦乐乎?",
@@ -145,7 +145,7 @@ def _served(model: str, name: str, args: argparse.Namespace, folder: Path) -> It
     # One prompt at a time and short ones: a small cache and context leave the memory to others.
     command += ["--served-model-name", name, "--port", str(args.port), "--host", "127.0.0.1"]
     command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-num-batched-tokens", "2048"]
-    command += ["--maxact-interval", "0.5", "--maxact-sites", "all"]
+    command += ["--maxact-interval", "0.5"]
     environ = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **os.environ}
     log = folder / "serve.log"
     started = time.monotonic()
@@ -252,7 +252,7 @@ def _show(found: dict[str, Any]) -> None:
 def _check(found: dict[str, Any], *, is_smollm2: bool, started: float) -> None:
     """Raise `DemoError` where the demo did not show what it is there to show, else print RESULT."""
     absmax, layer, site, phase = _peaks(found["sites"])[0]
-    result = {"demo": "ok", "largest": [layer, site, round(absmax, 1), phase]}
+    result: dict[str, Any] = {"demo": "ok", "largest": [layer, site, round(absmax, 1), phase]}
     if is_smollm2:
         hidden = {view["layer"]: view["absmax_high_water"] for view in found["sites"] if view["site"] == "hidden"}
         jump = max((index for index in hidden if index), key=lambda index: hidden[index] / hidden[index - 1])

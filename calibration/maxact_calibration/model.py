@@ -72,6 +72,9 @@ def _convert(source: Path, target: Path) -> None:
     """Dequantize a GGUF file to bfloat16 safetensors, with the configuration keys that vLLM reads."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # Without this the saved directory claims to be quantized still.
