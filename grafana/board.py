@@ -1,0 +1,105 @@
+"""What the dashboards share: variables, annotations, links between them, the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from grafana.panels import DATASOURCE
+from grafana.query import newly, select
+from grafana_foundation_sdk.builders import dashboard as builders
+from grafana_foundation_sdk.builders import prometheus
+from grafana_foundation_sdk.models import dashboard
+
+UIDS: Final = {
+    "overview": "maxact-overview",
+    "model": "maxact-model",
+    "site": "maxact-site",
+    "self": "maxact-self",
+}
+"""File name -> uid; links and bookmarks rely on them."""
+
+COLUMNS: Final = 24
+TAG: Final = "maxact"
+
+_CHAIN: Final = (
+    ("job", "Job", "maxact_build_info", "target", 0, dashboard.VariableSort.ALPHABETICAL_ASC),
+    ("instance", "Instance", "maxact_build_info", "target", 1, dashboard.VariableSort.ALPHABETICAL_ASC),
+    ("model_name", "Model", "maxact_rank_up", "engine", 2, dashboard.VariableSort.ALPHABETICAL_ASC),
+    ("engine", "Engine", "maxact_rank_up", "engine", 3, dashboard.VariableSort.NUMERICAL_ASC),
+    ("layer", "Layer", "maxact_absmax_high_water", "site", 4, dashboard.VariableSort.NUMERICAL_ASC),
+    ("site", "Site", "maxact_absmax_high_water", "site", 5, dashboard.VariableSort.ALPHABETICAL_ASC),
+)
+"""(name, label, metric that has it, number of variables before it that narrow it, sort order)."""
+
+
+def _variable(name: str, label: str, metric: str, depth: int, sort: Any) -> Any:
+    before = ", ".join(f'{other}=~"${other}"' for other, *_ in _CHAIN[:depth])
+    selector = f"{metric}{{{before}}}" if before else metric
+    query = f"label_values({selector}, {name})"
+    variable = builders.QueryVariable(name).label(label).datasource(DATASOURCE).query({"query": query, "refId": name})
+    variable.definition(query).multi(True).include_all(True).sort(sort)
+    # Embedding and final_norm have no layer: All must match its absence.
+    variable.all_value(".*" if name == "layer" else ".+")
+    everything = dashboard.VariableOption(text=["All"], value=["$__all"], selected=True)
+    return variable.current(everything).refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)
+
+
+def _variables(depth: int) -> list[Any]:
+    source = builders.DatasourceVariable("datasource").label("Data source").type("prometheus")
+    chain = [_variable(name, label, metric, place, sort) for name, label, metric, _, place, sort in _CHAIN[:depth]]
+    return [source, *chain]
+
+
+def _annotation(name: str, expr: str, color: str, title: str, text: str, tags: str = "") -> Any:
+    target = prometheus.Dataquery().expr(expr).ref_id("Anno").range().interval("60s").datasource(DATASOURCE)
+    annotation = builders.AnnotationQuery().name(name).datasource(DATASOURCE).enable(True).icon_color(color)
+    return annotation.target(target).expr(expr).step("60s").title_format(title).text_format(text).tag_keys(tags)
+
+
+def _annotations() -> list[Any]:
+    firing = select("ALERTS", "target", 'alertname=~"Maxact.*"', 'alertstate="firing"')
+    cards = newly(select("maxact_card_info", "target"), 60)
+    connected = f"{select('maxact_rank_up', 'target')} == 1"
+    return [
+        _annotation("Alerts", firing, "red", "{{alertname}}", "{{model_name}} {{layer}} {{site}}", "severity"),
+        _annotation("Card changes", cards, "purple", "Card {{card}} in use", "{{model_name}} at {{instance}}"),
+        _annotation(
+            "Engine starts",
+            f"({connected}) unless ({select('maxact_rank_up', 'target')} offset 60s == 1)",
+            "blue",
+            "Worker connected",
+            "{{model_name}} engine {{engine}} {{rank}}",
+        ),
+    ]
+
+
+def _link(name: str) -> Any:
+    title = {"overview": "Overview", "model": "Model", "site": "Site", "self": "maxact itself"}[name]
+    link = builders.DashboardLink(title).type(dashboard.DashboardLinkType.LINK).url(f"/d/{UIDS[name]}")
+    return link.icon("dashboard").include_vars(True).keep_time(True)
+
+
+def place(rows: Sequence[tuple[int, Sequence[tuple[Any, int]]]]) -> list[Any]:
+    """Panels with grid positions, from rows of (height, [(panel, width), ...]) that fill the 24 columns."""
+    placed = []
+    top = 0
+    for height, row in rows:
+        left = 0
+        for panel, width in row:
+            placed.append(panel.grid_pos(dashboard.GridPos(h=height, w=width, x=left, y=top)))
+            left += width
+        assert left == COLUMNS, f"row at {top} is {left} columns wide"
+        top += height
+    return placed
+
+
+def board(name: str, title: str, description: str, *, depth: int, panels: Sequence[Any]) -> Any:
+    """A dashboard of placed panels, narrowed by the first ``depth`` variables of the chain."""
+    made = builders.Dashboard(title).uid(UIDS[name]).description(description).tags([TAG]).readonly()
+    made.time("now-1h", "now").refresh("10s").timezone("browser").tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
+    made.variables(_variables(depth)).annotations(_annotations())
+    made.links([_link(other) for other in UIDS if other != name])
+    for panel in panels:
+        made.with_panel(panel)
+    return made

@@ -1,0 +1,43 @@
+"""Hop 9/9: series in, panels out. Writes the committed dashboards: ``python -m grafana.build [--output DIR]``.
+
+Run from the root of the repository. The builders are typed, so a dashboard that builds has the structure Grafana reads;
+tests/grafana checks the rest (queries, metrics, layout, drift of the committed files).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from grafana.model import model
+from grafana.overview import overview
+from grafana.own import own
+from grafana.site import site
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+DASHBOARDS = {"overview": overview, "model": model, "site": site, "self": own}
+
+
+def render(dashboard: Any) -> str:
+    """The JSON text of a dashboard builder, ending in a newline."""
+    document = json.loads(json.dumps(dashboard.build(), cls=JSONEncoder))
+    # The builders fix this to "inControlsMenu", which hides links and annotation switches in a menu.
+    for shown in (*document["links"], *document["annotations"]["list"]):
+        del shown["placement"]
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def main() -> None:
+    """Write every dashboard as ``DIR/maxact-NAME.json``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "dashboards")
+    output: Path = parser.parse_args().output
+    output.mkdir(parents=True, exist_ok=True)
+    for name, make in DASHBOARDS.items():
+        (output / f"maxact-{name}.json").write_text(render(make()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Dashboard ``maxact-model``: layer x site heat maps of one or more models, and how they move."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from grafana.board import board, place
+from grafana.panels import Query, Text, lines, matrix, verdict
+from grafana.query import LAYERED, margin, select
+from grafana.scales import DECADES, NONE_GOOD, OCTAVES, margin_steps
+
+from maxact_sidecar.headroom import MEANINGS
+
+_LIMITS: Final = {
+    "range": "the absmax of the calibration card",
+    "fp16": "the largest finite fp16, 65504",
+}
+"""What each meaning of headroom judges against."""
+
+
+def _stats() -> list[tuple[Any, int]]:
+    margins = Text(
+        id=1,
+        title="Smallest margin",
+        description="Smallest headroom ratio over its threshold, per meaning. Below 1 a flag is raised.",
+        unit="none",
+    )
+    flags = Text(id=2, title="Raised flags", description="Sites with a raised flag, per meaning.", unit="short")
+    largest = Text(
+        id=3,
+        title="Largest absmax now",
+        description="Largest magnitude over the hold horizon, all sites.",
+        unit="short",
+    )
+    tokens = Text(
+        id=4,
+        title="Token rows per second",
+        description="Token rows that went through the model, per phase. first: position 0 of a sequence; prefill: "
+        "the rest of the prompt; decode: behind the prompt.",
+        unit="cps",
+    )
+    rate = f"sum by (phase) (rate({select('maxact_tokens_total', 'engine')}[$__rate_interval]))"
+    flag = f"sum by (meaning) ({select('maxact_headroom_flag', 'engine')})"
+    by_meaning = Query(expr=f"min by (meaning) ({margin(scope='engine')})", legend="{{meaning}}")
+    peak = Query(expr=f"max({select('maxact_absmax', 'engine')})")
+    return [
+        (verdict(margins, [by_meaning], steps=margin_steps(), empty="no traffic"), 7),
+        (verdict(flags, [Query(expr=flag, legend="{{meaning}}")], steps=NONE_GOOD, empty="not judged"), 5),
+        (verdict(largest, [peak], empty="no traffic"), 4),
+        (verdict(tokens, [Query(expr=rate, legend="{{phase}}")], empty="no traffic"), 8),
+    ]
+
+
+def _headroom(index: int, meaning: str) -> Any:
+    text = Text(
+        id=10 + index,
+        title=f"Margin to the {meaning} flag: site by layer",
+        description=f"Headroom ratio against {_LIMITS[meaning]}, over the flag's threshold. Red: below 1, the flag is "
+        "raised. Orange: inside the hysteresis. Green: safe.",
+        unit="none",
+    )
+    expr = f"min by (layer, site) ({margin(LAYERED, scope='engine', meaning=meaning)})"
+    return matrix(text, expr, steps=margin_steps(meaning), decimals=2)
+
+
+def _magnitude(id: int, metric: str, title: str, description: str) -> Any:
+    text = Text(id=id, title=f"{title}: site by layer", description=f"{description} Coloured by decade.", unit="short")
+    return matrix(text, f"max by (layer, site) ({select(metric, 'engine', LAYERED)})", steps=DECADES, decimals=1)
+
+
+def _against(id: int, title: str, description: str, upper: str, lower: str) -> Any:
+    text = Text(id=id, title=f"{title}: site by layer", description=f"{description} Coloured by octave.", unit="none")
+    expr = f"max by (layer, site) ({upper}) / max by (layer, site) ({lower})"
+    return matrix(text, expr, steps=OCTAVES, decimals=2)
+
+
+def _heat_maps() -> list[Any]:
+    prefill, decode = (select("maxact_absmax", "engine", LAYERED, phase=phase) for phase in ("prefill", "decode"))
+    lifetime, window = (select(name, "engine", LAYERED) for name in ("maxact_absmax_high_water", "maxact_absmax"))
+    return [
+        *(_headroom(index, meaning) for index, meaning in enumerate(MEANINGS)),
+        _magnitude(30, "maxact_absmax", "Absmax now", "Largest magnitude over the hold horizon, all phases."),
+        _magnitude(31, "maxact_absmax_high_water", "Absmax ever", "Largest magnitude since the sidecar's state began."),
+        _against(32, "Absmax ever over now", "1: the traffic of now is as extreme as any before.", lifetime, window),
+        _against(33, "Prefill over decode", "Absmax of prefill over that of decode, hold horizon.", prefill, decode),
+        _magnitude(
+            34,
+            "maxact_crest_ratio",
+            "Crest factor",
+            "Absmax over rms. Large: few outliers far above the bulk, which a per-tensor INT-8 scale rounds to zero.",
+        ),
+    ]
+
+
+def _headroom_lines() -> Any:
+    text = Text(
+        id=50,
+        title="Smallest headroom ratio over time",
+        description="Limit over absmax, the smallest site per model and meaning. Dashed: the threshold that raises "
+        "a flag.",
+        unit="none",
+    )
+    ratio = f"min by (model_name, meaning) ({select('maxact_headroom_ratio', 'engine')})"
+    threshold = 'max by (meaning) (meaning:maxact_headroom_threshold_ratio:max{job=~"$job"})'
+    queries = [
+        Query(expr=ratio, legend="{{model_name}} {{meaning}}"),
+        Query(expr=threshold, legend="threshold {{meaning}}"),
+    ]
+    return lines(text, queries, log=True, dashed="/^threshold/")
+
+
+def _site_lines() -> Any:
+    text = Text(
+        id=51,
+        title="Absmax by site over time",
+        description="Largest magnitude over the hold horizon, all layers, per site.",
+        unit="short",
+    )
+    return lines(
+        text, [Query(expr=f"max by (site) ({select('maxact_absmax', 'engine')})", legend="{{site}}")], log=True
+    )
+
+
+def _layer_lines() -> Any:
+    text = Text(
+        id=52,
+        title="Absmax of the eight largest layers",
+        description="Largest magnitude per layer over all its sites, from the recording rule layer:maxact_absmax:max.",
+        unit="short",
+    )
+    largest = f"topk(8, max by (layer) ({select('layer:maxact_absmax:max', 'engine', LAYERED)}))"
+    return lines(text, [Query(expr=largest, legend="layer {{layer}}")], log=True)
+
+
+def _outside_lines() -> Any:
+    text = Text(
+        id=53,
+        title="Absmax outside the layers",
+        description="Embedding and final_norm, per phase, over the hold horizon.",
+        unit="short",
+    )
+    expr = f"max by (site, phase) ({select('maxact_absmax', 'engine', layer='')})"
+    return lines(text, [Query(expr=expr, legend="{{site}} {{phase}}")], log=True)
+
+
+def model() -> Any:
+    """The dashboard."""
+    panels = place(
+        [
+            (3, _stats()),
+            *((9, [(heat_map, 24)]) for heat_map in _heat_maps()),
+            (9, [(_headroom_lines(), 12), (_site_lines(), 12)]),
+            (9, [(_layer_lines(), 12), (_outside_lines(), 12)]),
+        ]
+    )
+    description = "Layer by site: margin to each flag, absmax now and ever, prefill against decode, crest factor."
+    return board("model", "maxact / Model", description, depth=4, panels=panels)

@@ -1,0 +1,176 @@
+"""Dashboard ``maxact-overview``: is INT-8 safe right now, and if not, where. Fits a 1080p screen without scrolling."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from grafana.board import UIDS, board, place
+from grafana.panels import Column, Query, Text, lines, matrix, rows, states, value_mapping, verdict
+from grafana.query import LAYERED, margin, select
+from grafana.scales import FLAG, NONE_GOOD, UP, margin_steps
+
+SITE_LINK: Final = (
+    f"/d/{UIDS['site']}?${{datasource:queryparam}}&${{job:queryparam}}&${{instance:queryparam}}"
+    "&var-model_name=${__data.fields.Model}&var-engine=${__data.fields.Engine}&var-layer=${__data.fields.Layer}"
+    "&var-site=${__data.fields.Site}&${__url_time_range}"
+)
+
+
+def _int8() -> Any:
+    text = Text(
+        id=1,
+        title="Is INT-8 safe now?",
+        description="Sites whose activations leave the calibrated range (raised range flags). A static INT-8 scale "
+        "made from the card in use clips there. Unknown: a selected model has no card, or no sidecar is "
+        "scraped.",
+        unit="suffix: sites beyond the range",
+    )
+    flags = select("maxact_headroom_flag", "site", meaning="range")
+    models = f"count by (model_name) ({select('maxact_rank_up', 'engine')})"
+    # "Safe" needs every model to be judged: one flag is enough to say no, one model without a card to say nothing.
+    unjudged = f"{models} unless on (model_name) count by (model_name) ({flags})"
+    expr = f"sum({flags}) > 0 or sum({flags}) unless on () ({unjudged})"
+    safe = value_mapping({"0": ("SAFE: all sites in range", "dark-green")})
+    return verdict(text, [Query(expr=expr)], steps=NONE_GOOD, mappings=[safe], empty="unknown")
+
+
+def _worst() -> Any:
+    text = Text(
+        id=2,
+        title="Smallest margin",
+        description="Smallest headroom ratio over its threshold, per meaning. Below 1 a flag is raised. range: "
+        "against the calibration card; fp16: against the largest finite half.",
+        unit="none",
+    )
+    query = Query(expr=f"min by (meaning) ({margin()})", legend="{{meaning}}")
+    return verdict(text, [query], steps=margin_steps(), empty="no traffic")
+
+
+def _drift() -> Any:
+    text = Text(
+        id=3,
+        title="Calibrated range used, last hour",
+        description="Largest share of the calibrated absmax that a site reached in the last hour. Above 100 % the "
+        "traffic left what was calibrated. From the recording rule site:maxact_drift_ratio:max1h.",
+        unit="percentunit",
+    )
+    return verdict(text, [Query(expr=f"max({select('site:maxact_drift_ratio:max1h', 'site')})")], empty="no card")
+
+
+def _nonfinite() -> Any:
+    text = Text(
+        id=4,
+        title="Non-finite token rows, 1 h",
+        description="Token rows that held a NaN or an infinity in the last hour, over the selected sites.",
+        unit="short",
+    )
+    query = Query(expr=f"sum(increase({select('maxact_nonfinite_tokens_total', 'site')}[1h]))")
+    return verdict(text, [query], steps=[(None, "dark-green"), (0.5, "dark-red")], empty="no traffic")
+
+
+def _streams() -> Any:
+    text = Text(
+        id=5,
+        title="Workers streaming",
+        description="Share of the known vLLM workers that are connected. Below 100 % some ranges are not seen.",
+        unit="percentunit",
+    )
+    query = Query(expr=f"avg({select('maxact_rank_up', 'engine')})")
+    return verdict(text, [query], steps=[(None, "dark-red"), (1, "dark-green")], empty="no worker")
+
+
+def _fleet() -> Any:
+    text = Text(
+        id=6,
+        title="Flags in the fleet",
+        description="Raised flags over all models and sidecars of the selected jobs, per meaning, whatever else is "
+        "selected here. A sidecar that cannot be scraped counts with its last state.",
+        unit="short",
+    )
+    query = Query(expr='sum by (meaning) (fleet:maxact_headroom_flags:sum{job=~"$job"})', legend="{{meaning}}")
+    return verdict(text, [query], steps=NONE_GOOD, empty="no rules loaded")
+
+
+def _heat() -> Any:
+    text = Text(
+        id=7,
+        title="Margin to the range flag: site by layer",
+        description="Calibrated absmax over observed absmax, over the flag's threshold; the smallest of the "
+        "selected engines. Red: below 1, the flag is raised. Orange: inside the hysteresis. Green: "
+        "safe. Embedding and final_norm have no layer and are in the table of the worst sites.",
+        unit="none",
+    )
+    expr = f"min by (layer, site) ({margin(LAYERED, meaning='range')})"
+    return matrix(text, expr, steps=margin_steps(), decimals=2)
+
+
+def _worst_sites() -> Any:
+    text = Text(
+        id=8,
+        title="Worst sites",
+        description="The fifteen sites and meanings with the smallest margin. Click a site for its history.",
+        unit="none",
+    )
+    worst = f"bottomk(15, {margin()})"
+    keep = "and on (job, instance, model_name, engine, layer, site, meaning)"
+    absmax = f"{select('maxact_headroom_limit', 'site')} / {select('maxact_headroom_ratio', 'site')}"
+    queries = [
+        Query(expr=worst),
+        Query(expr=f"{absmax} {keep} {worst}"),
+        # max without () drops the metric name, which would keep the tables from being joined.
+        Query(expr=f"max without () ({select('maxact_headroom_limit', 'site')}) {keep} {worst}"),
+        Query(expr=f"max without () ({select('maxact_headroom_flag', 'site')}) {keep} {worst}"),
+    ]
+    columns = [
+        Column(field="model_name", title="Model"),
+        Column(field="engine", title="Engine", width=70),
+        Column(field="layer", title="Layer", width=65),
+        Column(field="site", title="Site", link=SITE_LINK),
+        Column(field="meaning", title="Against", width=80),
+        Column(field="B", title="Absmax", unit="short", width=90),
+        Column(field="C", title="Limit", unit="short", width=90),
+        Column(field="A", title="Margin", width=80, steps=margin_steps()),
+        Column(field="D", title="Flag", width=70, mappings=(FLAG,)),
+    ]
+    return rows(text, queries, columns, sort="Margin")
+
+
+def _trend() -> Any:
+    text = Text(
+        id=9,
+        title="Smallest margin over time",
+        description="Smallest headroom ratio over its threshold, per model and meaning, on a logarithmic axis. The "
+        "dashed line at 1 is where flags are raised.",
+        unit="none",
+    )
+    queries = [
+        Query(expr=f"min by (model_name, meaning) ({margin()})", legend="{{model_name}} {{meaning}}"),
+        Query(expr="vector(1)", legend="flag"),
+    ]
+    return lines(text, queries, log=True, dashed="flag")
+
+
+def _health() -> Any:
+    text = Text(
+        id=10,
+        title="Streams of the workers",
+        description="Green while a worker's stream to its sidecar is connected, red while it is not.",
+        unit="none",
+    )
+    query = Query(expr=select("maxact_rank_up", "engine"), legend="{{model_name}} {{engine}} {{rank}}")
+    return states(text, [query], [UP])
+
+
+def overview() -> Any:
+    """The dashboard."""
+    panels = place(
+        [
+            (3, [(_int8(), 6), (_worst(), 5), (_drift(), 4), (_nonfinite(), 3), (_streams(), 3), (_fleet(), 3)]),
+            (9, [(_heat(), 24)]),
+            (9, [(_worst_sites(), 14), (_trend(), 6), (_health(), 4)]),
+        ]
+    )
+    description = (
+        "Is INT-8 safe right now, and if not, where: fleet headroom, worst sites, flags, drift, stream health."
+    )
+    return board("overview", "maxact / Overview", description, depth=6, panels=panels)

@@ -1,0 +1,193 @@
+"""Dashboard ``maxact-site``: the history of one or more sites, their limits, and the workers behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grafana.board import board, place
+from grafana.panels import Column, Query, Text, lines, rows, states, verdict
+from grafana.query import margin, select
+from grafana.scales import FLAG, UP, margin_steps
+
+_NAME = "{{layer}} {{site}}"
+
+
+def _phased(*metrics: tuple[str, str]) -> list[Query]:
+    """A query per (metric, word of the legend)."""
+    return [Query(expr=select(metric, "site"), legend=f"{_NAME} {{{{phase}}}} {word}") for metric, word in metrics]
+
+
+def _stats() -> list[tuple[Any, int]]:
+    margins = Text(
+        id=1,
+        title="Margin",
+        description="Headroom ratio over its threshold, the smallest of the selected sites, per meaning. Below 1 "
+        "the flag is raised.",
+        unit="none",
+    )
+    absmax = Text(id=2, title="Absmax now", description="Largest magnitude over the hold horizon.", unit="short")
+    ever = Text(
+        id=3, title="Absmax ever", description="Largest magnitude since the sidecar's state began.", unit="short"
+    )
+    limit = Text(
+        id=4,
+        title="Smallest limit",
+        description="Smallest limit of the selected sites, per meaning: the card's absmax for range, 65504 for fp16.",
+        unit="short",
+    )
+    since = Text(
+        id=5,
+        title="Flagged since",
+        description="When the oldest raised flag of the selected sites went up, per meaning.",
+        unit="dateTimeFromNow",
+    )
+    flagged = f"1000 * min by (meaning) ({select('maxact_headroom_flag_since_timestamp_seconds', 'site')})"
+    margins_of = Query(expr=f"min by (meaning) ({margin()})", legend="{{meaning}}")
+    limits = Query(expr=f"min by (meaning) ({select('maxact_headroom_limit', 'site')})", legend="{{meaning}}")
+    return [
+        (verdict(margins, [margins_of], steps=margin_steps(), empty="no traffic"), 7),
+        (verdict(absmax, [Query(expr=f"max({select('maxact_absmax', 'site')})")], empty="no traffic"), 4),
+        (verdict(ever, [Query(expr=f"max({select('maxact_absmax_high_water', 'site')})")], empty="no traffic"), 4),
+        (verdict(limit, [limits], empty="not judged"), 5),
+        (verdict(since, [Query(expr=flagged, legend="{{meaning}}")], empty="not flagged"), 4),
+    ]
+
+
+def _absmax() -> Any:
+    text = Text(
+        id=10,
+        title="Absmax against its limits",
+        description="Largest magnitude per phase, over the hold horizon and ever. Dashed: the limits the site is "
+        "judged against.",
+        unit="short",
+    )
+    limit = Query(expr=select("maxact_headroom_limit", "site"), legend=f"limit {_NAME} {{{{meaning}}}}")
+    queries = [*_phased(("maxact_absmax", "now"), ("maxact_absmax_high_water", "ever")), limit]
+    return lines(text, queries, log=True, dashed="/^limit/")
+
+
+def _headroom() -> Any:
+    text = Text(
+        id=11,
+        title="Headroom ratio",
+        description="Limit over absmax. Below 1 the value is beyond the limit. Dashed: the threshold that raises a "
+        "flag.",
+        unit="none",
+    )
+    queries = [
+        Query(expr=select("maxact_headroom_ratio", "site"), legend=f"{_NAME} {{{{meaning}}}}"),
+        Query(
+            expr='max by (meaning) (meaning:maxact_headroom_threshold_ratio:max{job=~"$job"})',
+            legend="threshold {{meaning}}",
+        ),
+    ]
+    return lines(text, queries, log=True, dashed="/^threshold/")
+
+
+def _drift() -> Any:
+    text = Text(
+        id=12,
+        title="Calibrated range used",
+        description="Share of the calibrated absmax that the largest magnitude of the last hour used. Dashed: from "
+        "there on growth is worth an alert (MaxactDriftRising).",
+        unit="percentunit",
+    )
+    queries = [
+        Query(expr=select("site:maxact_drift_ratio:max1h", "site"), legend=_NAME),
+        Query(expr="maxact:drift_ratio:floor", legend="near the end of the range"),
+    ]
+    return lines(text, queries, dashed="/^near/")
+
+
+def _signed() -> Any:
+    text = Text(
+        id=13,
+        title="Signed extrema",
+        description="Largest and smallest value over the hold horizon. One-sided outliers are typical of massive "
+        "activations.",
+        unit="short",
+    )
+    return lines(text, _phased(("maxact_max", "max"), ("maxact_min", "min")))
+
+
+def _bulk() -> Any:
+    text = Text(
+        id=14,
+        title="Rms and mean magnitude",
+        description="The bulk that the outliers tower over, per phase, over the hold horizon.",
+        unit="short",
+    )
+    return lines(text, _phased(("maxact_rms", "rms"), ("maxact_mean_abs", "mean |x|")), log=True)
+
+
+def _crest() -> Any:
+    text = Text(
+        id=15,
+        title="Crest factor",
+        description="Absmax over rms, per phase. Large: a per-tensor INT-8 scale rounds most of the bulk to zero.",
+        unit="none",
+    )
+    return lines(text, _phased(("maxact_crest_ratio", "")), log=True)
+
+
+def _nonfinite() -> Any:
+    text = Text(
+        id=16,
+        title="Non-finite token rows per second",
+        description="Token rows that held a NaN or an infinity; they are in no other panel.",
+        unit="cps",
+    )
+    rate = f"rate({select('maxact_nonfinite_tokens_total', 'site')}[$__rate_interval])"
+    return lines(text, [Query(expr=rate, legend=f"{_NAME} {{{{phase}}}}")])
+
+
+def _flags() -> Any:
+    text = Text(id=17, title="Flags", description="Red while the flag of a site is raised.", unit="none")
+    query = Query(expr=select("maxact_headroom_flag", "site"), legend=f"{_NAME} {{{{meaning}}}}")
+    return states(text, [query], [FLAG])
+
+
+def _ranks() -> Any:
+    text = Text(
+        id=18,
+        title="Workers behind these sites",
+        description="Streams of the selected engines' workers. While one is down its shard is missing from the "
+        "values above.",
+        unit="none",
+    )
+    return states(text, [Query(expr=select("maxact_rank_up", "engine"), legend="{{engine}} {{rank}}")], [UP])
+
+
+def _cards() -> Any:
+    text = Text(
+        id=19,
+        title="Calibration cards in use",
+        description="The cards whose absmax is the limit of the meaning range, and whether they were made with a "
+        "BOS token.",
+        unit="none",
+    )
+    expr = select("maxact_card_info", "target", 'model_name=~"$model_name"')
+    columns = [
+        Column(field="model_name", title="Model"),
+        Column(field="card", title="Card"),
+        Column(field="bos", title="BOS", width=90),
+        Column(field="instance", title="Sidecar"),
+    ]
+    return rows(text, [Query(expr=expr)], columns, sort="Model")
+
+
+def site() -> Any:
+    """The dashboard."""
+    panels = place(
+        [
+            (3, _stats()),
+            (9, [(_absmax(), 24)]),
+            (8, [(_headroom(), 12), (_drift(), 12)]),
+            (6, [(_flags(), 12), (_ranks(), 12)]),
+            (8, [(_signed(), 12), (_bulk(), 12)]),
+            (8, [(_crest(), 12), (_nonfinite(), 12)]),
+            (6, [(_cards(), 24)]),
+        ]
+    )
+    description = "One site in depth: its history, phases, limits, thresholds and flags, its workers and its card."
+    return board("site", "maxact / Site", description, depth=6, panels=panels)
