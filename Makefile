@@ -1,0 +1,41 @@
+# Everything works on a fresh checkout: `demo` and `test` set up .venv first and reuse it while nothing changed.
+PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3.12),python3)
+BIN := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.venv/servers/usr/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check setup proto dashboards bench-overhead clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
+
+demo: setup ## serve SmolLM2, calibrate, provoke flags; ONCE=1 checks itself; MODEL= PORT= HTTP= GRPC=
+	@$(BIN)/python scripts/demo.py $(if $(ONCE),--once) $(if $(MODEL),--model "$(MODEL)") \
+	  $(if $(PORT),--port $(PORT)) $(if $(HTTP),--http $(HTTP)) $(if $(GRPC),--grpc $(GRPC))
+
+test: setup check ## format, lint, types, protocol and all tests; TESTS= and ARGS= narrow pytest down
+	@$(PYTHON) scripts/bootstrap.py --servers
+	$(BIN)/python -m pytest $(ARGS) $(TESTS)
+
+check: setup ## format, lint, types and protocol only
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+setup: ## make or complete .venv
+	@$(PYTHON) scripts/bootstrap.py
+
+proto: setup ## generate protos/maxact_proto/v1/*_pb2* from telemetry.proto
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=protos --pyi_out=protos --grpc_python_out=protos \
+	  protos/maxact_proto/v1/telemetry.proto
+
+dashboards: setup ## generate grafana/dashboards/*.json
+	$(BIN)/python grafana/build.py
+
+bench-overhead: setup ## cost of observing on this machine; ARGS= for benchmarks/bench_overhead.py
+	$(BIN)/python benchmarks/bench_overhead.py --model "$$($(BIN)/python -c \
+	  'from maxact_calibration.model import smollm2; print(smollm2())')" $(ARGS)
+
+clean: ## remove .venv and caches of this checkout
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache
