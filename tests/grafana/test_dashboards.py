@@ -1,0 +1,152 @@
+"""The committed dashboards: built from the code, readable, complete, and laid out to fit."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.grafana.assets import DASHBOARDS, GRAFANA, RECORDED, ROOT, all_queries, catalogue, queries, selectors
+
+VISIBLE_ROWS = 21
+"""Grid rows of 38 px that a 1080p screen shows below browser, navigation and variables (about 280 px)."""
+
+BOARDS = pytest.mark.parametrize("board", DASHBOARDS.values(), ids=DASHBOARDS)
+
+
+def run_python(*arguments: str) -> str:
+    """Output of Python in the repository; the builders warn on import that a later schema exists."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_committed_files_are_what_the_code_builds(tmp_path: Path) -> None:
+    run_python("-m", "grafana.build", "--output", str(tmp_path))
+    built = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    committed = {path.name: path.read_text() for path in (GRAFANA / "dashboards").iterdir()}
+    assert built == committed, "run: python -m grafana.build"
+
+
+def test_the_models_of_the_sdk_read_the_committed_files() -> None:
+    program = """
+import json, sys
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
+
+def given(part, whole, path=""):
+    if isinstance(part, dict):
+        for key, value in part.items():
+            if value is not None:
+                assert key in whole, f"{path}.{key} is lost"
+                given(value, whole[key], f"{path}.{key}")
+    elif isinstance(part, list):
+        assert len(part) == len(whole), path
+        for index, (one, other) in enumerate(zip(part, whole)):
+            given(one, other, f"{path}[{index}]")
+    else:
+        assert part == whole, f"{path}: {part!r} became {whole!r}"
+
+plugins.register_default_plugins()
+for path in sys.argv[1:]:
+    document = json.load(open(path))
+    given(document, json.loads(json.dumps(Dashboard.from_json(document), cls=JSONEncoder)))
+    print("read", path)
+"""
+    files = [str(path) for path in sorted((GRAFANA / "dashboards").iterdir())]
+    assert run_python("-c", program, *files).count("read") == len(DASHBOARDS)
+
+
+@BOARDS
+def test_panels_fill_the_grid_without_overlap(board: dict[str, Any]) -> None:
+    taken: dict[tuple[int, int], str] = {}
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        assert 0 <= place["x"]
+        assert place["x"] + place["w"] <= 24
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert (x, y) not in taken, f"{panel['title']} lies on {taken[x, y]}"
+                taken[x, y] = panel["title"]
+    height = 1 + max(y for _, y in taken)
+    assert len(taken) == 24 * height, "the grid has a hole"
+
+
+def test_the_overview_answers_without_scrolling() -> None:
+    places = [panel["gridPos"] for panel in DASHBOARDS["maxact-overview"]["panels"]]
+    assert max(place["y"] + place["h"] for place in places) <= VISIBLE_ROWS
+
+
+@BOARDS
+def test_ids_are_unique_and_ref_ids_are_set(board: dict[str, Any]) -> None:
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+    for panel in board["panels"]:
+        assert [target["refId"] for target in panel["targets"]] == list("ABCDEFGH"[: len(panel["targets"])])
+
+
+def test_uids_are_the_file_names() -> None:
+    assert {board["uid"]: board["uid"] for board in DASHBOARDS.values()} == {name: name for name in DASHBOARDS}
+    assert len({board["title"] for board in DASHBOARDS.values()}) == len(DASHBOARDS)
+
+
+@BOARDS
+def test_links_lead_to_the_other_dashboards_and_carry_the_variables(board: dict[str, Any]) -> None:
+    targets = {link["url"].removeprefix("/d/") for link in board["links"]}
+    assert targets == set(DASHBOARDS) - {board["uid"]}
+    assert all(link["includeVars"] and link["keepTime"] for link in board["links"])
+    for url in re.findall(r'"/d/([\w-]+)\?[^"]*"', str(board).replace("'", '"')):
+        assert url in DASHBOARDS
+
+
+def test_a_row_of_the_worst_sites_opens_that_site() -> None:
+    panel = next(panel for panel in DASHBOARDS["maxact-overview"]["panels"] if panel["title"] == "Worst sites")
+    properties = {
+        (override["matcher"]["options"], entry["id"]): entry["value"]
+        for override in panel["fieldConfig"]["overrides"]
+        for entry in override["properties"]
+    }
+    url = properties["Site", "links"][0]["url"]
+    assert url.startswith("/d/maxact-site?")
+    variables = {variable["name"] for variable in DASHBOARDS["maxact-site"]["templating"]["list"]}
+    named = set(re.findall(r"var-(\w+)=", url)) | set(re.findall(r"\$\{(\w+):queryparam\}", url))
+    assert named == variables
+    columns = set(re.findall(r"__data\.fields\.(\w+)", url))
+    shown = {name for name, _ in properties}
+    assert columns <= shown
+
+
+@BOARDS
+def test_alerts_card_changes_and_engine_starts_are_annotated(board: dict[str, Any]) -> None:
+    annotations = {annotation["name"]: annotation for annotation in board["annotations"]["list"]}
+    assert set(annotations) == {"Alerts", "Card changes", "Engine starts"}
+    assert all(annotation["enable"] for annotation in annotations.values())
+
+
+@BOARDS
+def test_threshold_steps_ascend(board: dict[str, Any]) -> None:
+    for panel in board["panels"]:
+        steps = panel["fieldConfig"]["defaults"].get("thresholds", {}).get("steps", [])
+        values = [step["value"] for step in steps]
+        assert values[:1] in ([], [None])
+        assert values[1:] == sorted(values[1:]), panel["title"]
+
+
+@pytest.mark.parametrize("query", all_queries(), ids=lambda query: query.where)
+def test_every_query_reads_series_and_labels_that_exist(query: Any) -> None:
+    known = catalogue()
+    for name, matchers in selectors(query.runnable):
+        if name in known:
+            assert set(matchers) <= known[name], f"{name} has no label {set(matchers) - known[name]}"
+        else:
+            assert name in RECORDED or name in ("ALERTS", "scrape_duration_seconds"), f"{name} does not exist"
+
+
+@BOARDS
+def test_every_variable_narrows_a_query_or_another_variable(board: dict[str, Any]) -> None:
+    text = " ".join(query.expr for query in queries(board))
+    for variable in board["templating"]["list"][1:]:
+        assert f'=~"${variable["name"]}"' in text, f"{variable['name']} changes nothing on {board['uid']}"

@@ -1,0 +1,102 @@
+"""The rules of Grafana's dashboard-linter, on the committed dashboards. Exceptions carry their reason."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from tests.grafana.assets import DASHBOARDS, FOREIGN, Query, all_queries, selectors
+
+BOARDS = pytest.mark.parametrize("board", DASHBOARDS.values(), ids=DASHBOARDS)
+QUERIES = pytest.mark.parametrize("query", all_queries(), ids=lambda query: query.where)
+
+WITHOUT_TARGET = {
+    "maxact:drift_ratio:floor": "a constant of the rules",
+    "maxact:window_age_seconds:limit": "a constant of the rules",
+}
+WITHOUT_INSTANCE = {
+    **WITHOUT_TARGET,
+    "fleet:maxact_headroom_flags:sum": "a series of the fleet has no instance",
+    "meaning:maxact_headroom_threshold_ratio:max": "a threshold of all sidecars has no instance",
+}
+
+
+def variables(board: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {variable["name"]: variable for variable in board["templating"]["list"]}
+
+
+@BOARDS
+def test_template_datasource(board: dict[str, Any]) -> None:
+    sources = [variable for variable in board["templating"]["list"] if variable["type"] == "datasource"]
+    assert [(source["name"], source["label"], source["query"]) for source in sources] == [
+        ("datasource", "Data source", "prometheus")
+    ]
+
+
+@pytest.mark.parametrize("name", ["job", "instance"])
+@BOARDS
+def test_template_job_and_instance(board: dict[str, Any], name: str) -> None:
+    variable = variables(board)[name]
+    assert variable["label"] == name.title()
+    assert variable["datasource"]["uid"] == "${datasource}"
+    assert (variable["multi"], variable["includeAll"], variable["allValue"]) == (True, True, ".+")
+
+
+@BOARDS
+def test_template_label_promql_and_reload(board: dict[str, Any]) -> None:
+    earlier: list[str] = []
+    for variable in board["templating"]["list"][1:]:
+        match = re.fullmatch(r"label_values\((\w+)(?:\{(.*)\})?, (\w+)\)", variable["query"]["query"])
+        assert match, variable
+        assert match[3] == variable["name"]
+        assert match[2] == (", ".join(f'{name}=~"${name}"' for name in earlier) or None), "not chained"
+        assert variable["refresh"] == 2, "reload when the time range changes"
+        earlier.append(variable["name"])
+
+
+@BOARDS
+def test_panel_datasource(board: dict[str, Any]) -> None:
+    for panel in board["panels"]:
+        for holder in (panel, *panel["targets"]):
+            assert holder["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+
+
+@BOARDS
+def test_panel_title_description_units_and_targets(board: dict[str, Any]) -> None:
+    for panel in board["panels"]:
+        assert panel["title"]
+        assert panel["description"].endswith("."), panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["targets"], panel["title"]
+
+
+@QUERIES
+def test_target_job_and_instance(query: Query) -> None:
+    for name, matchers in selectors(query.runnable):
+        assert "job" in matchers or name in WITHOUT_TARGET, f"{name} is not narrowed by job"
+        assert "instance" in matchers or name in WITHOUT_INSTANCE, f"{name} is not narrowed by instance"
+
+
+@QUERIES
+def test_target_rate_interval(query: Query) -> None:
+    """A rate follows the panel's resolution; a fixed window is for what the title names."""
+    for function, window in re.findall(r"\b(rate|irate|increase)\([^\[]*\[([^\]]+)\]", query.expr):
+        if function == "increase":
+            assert query.panel is not None
+            assert window == "1h"
+            assert query.panel["title"].endswith("1 h")
+        else:
+            assert window == "$__rate_interval"
+
+
+@QUERIES
+def test_target_counter_agg(query: Query) -> None:
+    for name, _ in selectors(query.runnable):
+        if name.endswith(("_total", "_bucket", "_sum", "_count")) and name not in FOREIGN:
+            assert re.search(rf"\b(rate|irate|increase)\({name}\b", query.expr), f"{name} is a counter"
+
+
+@BOARDS
+def test_uneditable_dashboard(board: dict[str, Any]) -> None:
+    assert board["editable"] is False
