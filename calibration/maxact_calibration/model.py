@@ -70,11 +70,10 @@ def _require_space(folder: Path, needed: int) -> None:
 
 def _convert(source: Path, target: Path) -> None:
     """Dequantize a GGUF file to bfloat16 safetensors, with the configuration keys that vLLM reads."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars are about steps nobody asked for
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
 
     model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # Without this the saved directory claims to be quantized still.

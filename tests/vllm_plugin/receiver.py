@@ -55,13 +55,16 @@ class Receiver(telemetry_pb2_grpc.TelemetryServiceServicer):
 
 
 class Listening:
-    """A `Receiver` served on a free local port; a context manager."""
+    """A `Receiver` served on a local port (0: a free one); a context manager."""
+
+    def __init__(self, port: int = 0) -> None:
+        self.port = port
 
     def __enter__(self) -> Listening:
         self.receiver = Receiver()
         self._server = grpc.server(futures.ThreadPoolExecutor(8))
         telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(self.receiver, self._server)
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         self._server.start()
         return self
 

@@ -15,14 +15,16 @@ that one fold reads them all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from maxact_proto import stats
-from maxact_vllm.sites import Tap
+
+if TYPE_CHECKING:  # it imports the whole of vLLM
+    from maxact_vllm.sites import Tap
 
 NUM_ROWS = stats.NONFINITE
 """Statistics reduced in the graph: max, min, sum_squares, sum_abs. Non-finite rows are recognized when folding."""

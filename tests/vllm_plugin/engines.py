@@ -1,0 +1,52 @@
+"""Runs an observed engine in a process of its own, with a receiver beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from receiver import Listening, Receiver
+
+ENVIRON = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+}
+NATIVE = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
+"""vLLM's eager mode on the op bodies that torch.compile traces: the ground truth for capture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What an engine run left behind."""
+
+    received: Receiver
+    raw: dict[str, Any]
+    log: str
+
+
+def run_engine(spec: dict[str, Any], folder: Path, **environ: str) -> Run:
+    """Run `run_engine.py` with a receiver beside it; ``spec["maxact"]`` are the plugin's settings."""
+    with Listening() as listening:
+        own = {"endpoint": listening.endpoint, "interval": 0.2} | spec.pop("maxact", {})
+        llm = {"max_num_seqs": 64, "enable_prefix_caching": False, "disable_log_stats": True} | spec["llm"]
+        llm["additional_config"] = {"maxact": own}
+        (folder / "spec.json").write_text(json.dumps(spec | {"llm": llm}))
+        script = Path(__file__).with_name("run_engine.py")
+        done = subprocess.run(
+            [sys.executable, script, folder / "spec.json", folder / "raw.npz"],
+            env={**os.environ, **ENVIRON, **environ},
+            capture_output=True,
+            text=True,
+        )
+        log = done.stdout + done.stderr
+        assert done.returncode == 0, log[-4000:]
+        with np.load(folder / "raw.npz") as raw:
+            return Run(listening.receiver, dict(raw), log)

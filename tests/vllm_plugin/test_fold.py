@@ -1,0 +1,127 @@
+"""The fold: rows of a step into running statistics; the kernel against the torch reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maxact_proto import stats
+from maxact_vllm.compat import Step
+from maxact_vllm.fold import Folder, fold, phases_of
+from maxact_vllm.instrument import NUM_ROWS, allocate
+
+
+def step(*requests: tuple[int, int, int]) -> Step:
+    """A step of (scheduled, computed, prompt length) per request."""
+    scheduled, computed, prompts = (np.array(column, np.int32) for column in zip(*requests, strict=True))
+    return Step(int(scheduled.sum()), scheduled, computed, prompts)
+
+
+def fill(block: torch.Tensor, num_tokens: int, seed: int = 0) -> np.ndarray:
+    """Write plausible rows for the first tokens, garbage behind; what was written ``[4, sites, tokens]``."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(NUM_ROWS, block.shape[1], num_tokens)).astype(np.float32)
+    rows[stats.MIN] = rows[stats.MAX] - 1
+    rows[stats.SUM_SQUARES :] = np.abs(rows[stats.SUM_SQUARES :])
+    block[:] = 1e30
+    block[:, :, :num_tokens] = torch.from_numpy(rows)
+    return rows
+
+
+def test_a_pure_decode_step_has_one_phase() -> None:
+    assert phases_of(step((1, 7, 7), (1, 100, 3))) == stats.DECODE
+
+
+def test_each_row_of_a_mixed_step_gets_the_phase_of_its_position() -> None:
+    phases = phases_of(step((1, 9, 5), (3, 0, 3), (2, 4, 8), (3, 7, 8)))
+    first, prefill, decode = stats.FIRST, stats.PREFILL, stats.DECODE
+    assert list(phases) == [decode, first, prefill, prefill, prefill, prefill, prefill, decode, decode]
+
+
+def test_padded_rows_behind_the_real_tokens_never_count() -> None:
+    block = allocate(2, 100, torch.device("cpu"))
+    rows = fill(block, 5)
+    values = torch.from_numpy(stats.empty(2))
+    fold(block, 5, stats.DECODE, values)
+    seen = values[stats.DECODE].numpy()
+    np.testing.assert_array_equal(seen[:, stats.MAX], rows[stats.MAX].max(axis=-1))
+    np.testing.assert_array_equal(seen[:, stats.MIN], rows[stats.MIN].min(axis=-1))
+    np.testing.assert_allclose(seen[:, stats.SUM_SQUARES], rows[stats.SUM_SQUARES].sum(axis=-1), rtol=1e-6)
+    np.testing.assert_allclose(seen[:, stats.SUM_ABS], rows[stats.SUM_ABS].sum(axis=-1), rtol=1e-6)
+    np.testing.assert_array_equal(values[stats.PREFILL].numpy(), stats.empty(2)[stats.PREFILL])
+
+
+def test_rows_of_a_mixed_step_go_to_their_phases() -> None:
+    block = allocate(2, 100, torch.device("cpu"))
+    rows = fill(block, 4)
+    values = torch.from_numpy(stats.empty(2))
+    fold(block, 4, np.array([0, 1, 2, 1], np.int8), values)
+    for phase, columns in enumerate(([0], [1, 3], [2])):
+        np.testing.assert_array_equal(values[phase, :, stats.MAX].numpy(), rows[stats.MAX][:, columns].max(axis=-1))
+
+
+def test_a_row_with_a_nan_or_infinity_is_counted_and_in_no_other_column() -> None:
+    block = allocate(1, 64, torch.device("cpu"))
+    rows = fill(block, 3)
+    block[stats.MAX, 0, 0] = torch.nan
+    block[stats.SUM_SQUARES, 0, 0] = torch.nan
+    block[stats.MIN, 0, 1] = -torch.inf
+    values = torch.from_numpy(stats.empty(1))
+    fold(block, 3, stats.PREFILL, values)
+    seen = values[stats.PREFILL, 0].numpy()
+    assert seen[stats.NONFINITE] == 2
+    assert seen[stats.MAX] == rows[stats.MAX, 0, 2]
+    assert seen[stats.SUM_SQUARES] == rows[stats.SUM_SQUARES, 0, 2]
+
+
+def test_a_site_that_does_not_run_in_a_step_adds_nothing() -> None:
+    block = allocate(1, 64, torch.device("cpu"))
+    fill(block, 3)
+    values = torch.from_numpy(stats.empty(1))
+    fold(block, 3, stats.DECODE, values)
+    once = values.clone()
+    fold(block, 3, stats.DECODE, values)
+    assert torch.equal(values, once)
+
+
+def test_what_ran_before_forget_is_never_folded() -> None:
+    block = allocate(2, 64, torch.device("cpu"))
+    folder = Folder(block)
+    fill(block, 9)
+    folder.forget()
+    folder.fold(step((4, 0, 4)))
+    np.testing.assert_array_equal(folder.accumulators.values[0].numpy(), stats.empty(2))
+
+
+def test_tokens_are_counted_per_phase() -> None:
+    folder = Folder(allocate(1, 64, torch.device("cpu")))
+    folder.fold(step((5, 0, 5), (1, 3, 3)))
+    folder.fold(step((1, 5, 5), (1, 4, 3)))
+    assert folder.accumulators.tokens[0].tolist() == [1, 4, 3]
+
+
+def test_every_row_is_a_storage_of_its_own_in_one_block() -> None:
+    from maxact_vllm.instrument import _own_storage
+
+    block = allocate(3, 100, torch.device("cpu"))
+    row = _own_storage(block[2, 1])
+    row[7] = 42.0
+    assert block[2, 1, 7] == 42.0
+    assert row.untyped_storage().nbytes() == block.shape[2] * 4
+    assert row.data_ptr() % 16 == 0
+
+
+@pytest.mark.timeout(300)
+def test_the_triton_kernel_agrees_with_the_reference_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton", reason="torch for CPU brings no Triton on this platform")
+    script = Path(__file__).with_name("fold_interpreted.py")
+    environ = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kernel and reference agree" in done.stdout
