@@ -125,7 +125,8 @@ class Reporter:
 
 
 def _collect(pipe: IO[str], log: IO[str], lines: list[str]) -> None:
-    for line in pipe:
-        lines.append(line)
-        log.write(line)
-        log.flush()
+    with pipe:
+        for line in pipe:
+            lines.append(line)
+            log.write(line)
+            log.flush()
