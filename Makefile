@@ -31,7 +31,7 @@ proto: setup ## generate protos/maxact_proto/v1/*_pb2* from telemetry.proto
 	  protos/maxact_proto/v1/telemetry.proto
 
 dashboards: setup ## generate grafana/dashboards/*.json
-	$(BIN)/python grafana/build.py
+	$(BIN)/python -W ignore::DeprecationWarning -m grafana.build
 
 bench-overhead: setup ## cost of observing on this machine; ARGS= for benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_overhead.py --model "$$($(BIN)/python -c \

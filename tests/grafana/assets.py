@@ -80,7 +80,7 @@ def selectors(expr: str) -> list[tuple[str, dict[str, str]]]:
         if isinstance(node, promql_parser.MatrixSelector):
             node = node.vector_selector
         if isinstance(node, promql_parser.VectorSelector):
-            found.append((node.name, {matcher.name: matcher.value for matcher in node.matchers.matchers}))
+            found.append((node.name or "", {matcher.name: matcher.value for matcher in node.matchers.matchers}))
         children = [getattr(node, name, None) for name in ("expr", "lhs", "rhs", "param")]
         pending += [child for child in (*children, *getattr(node, "args", ())) if isinstance(child, promql_parser.Expr)]
     return found
