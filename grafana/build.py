@@ -11,10 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from grafana.drilldown import site
 from grafana.model import model
 from grafana.overview import overview
 from grafana.own import own
-from grafana.site import site
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 DASHBOARDS = {"overview": overview, "model": model, "site": site, "self": own}
