@@ -10,9 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import bootstrap
+import pytest
 from bootstrap import Machine, Plan, Step
 from progress import SetupError
 
@@ -39,7 +38,9 @@ def test_torch_comes_before_everything_that_would_pull_in_another_build_of_it() 
     commands = _commands(bootstrap.plan(LAPTOP))
     torch = [index for index, command in enumerate(commands) if "torch==2.13.0+cpu" in command]
     rest = [index for index, command in enumerate(commands) if "-r .venv/vllm-requirements.txt" in command]
-    assert torch and rest and max(torch) < min(rest)
+    assert torch
+    assert rest
+    assert max(torch) < min(rest)
 
 
 def test_with_an_nvidia_gpu_the_cuda_build_of_vllm_is_chosen() -> None:

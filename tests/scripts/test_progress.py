@@ -6,9 +6,8 @@ import io
 import sys
 from pathlib import Path
 
-import pytest
-
 import progress
+import pytest
 from progress import Reporter, SetupError, explain
 
 
