@@ -40,6 +40,9 @@ def sidecar(
     fp16_threshold: Annotated[
         float, typer.Option(metavar="R", help="Raise an fp16 flag below this headroom ratio.")
     ] = _FP16,
+    max_series: Annotated[
+        int, typer.Option(metavar="N", help="Series per scrape; more are dropped and counted.")
+    ] = 200_000,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow addresses other machines can reach, unencrypted.")
     ] = False,
@@ -63,6 +66,7 @@ def sidecar(
             flag_hold=flag_hold,
             range_threshold=range_threshold,
             fp16_threshold=fp16_threshold,
+            max_series=max_series,
             insecure=insecure,
         )
         asyncio.run(serve(settings))

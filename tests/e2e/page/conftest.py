@@ -21,6 +21,7 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+
 from maxact_proto import stats, wire
 from maxact_proto.v1 import telemetry_pb2 as pb
 from maxact_proto.v1 import telemetry_pb2_grpc as rpc

@@ -1,0 +1,261 @@
+"""Merging, marks and flags of engines, under a clock of the test's own."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+from workers import MODEL, SITES, WIDTH, layout, window
+
+from maxact_proto import stats, wire
+from maxact_sidecar import merge
+from maxact_sidecar.card import Card, build_card
+from maxact_sidecar.config import make_settings
+from maxact_sidecar.fleet import Fleet
+from maxact_sidecar.headroom import Instant
+from maxact_sidecar.state import Snapshot
+
+RANGE, FP16 = 0, 1
+
+
+def at(seconds: float) -> Instant:
+    return Instant(1e9 + seconds, 1000.0 + seconds)
+
+
+def make(**settings: Any) -> Fleet:
+    return Fleet(make_settings(**({"hold": 10.0, "flag_hold": 5.0, "stale": 60.0} | settings)))
+
+
+class Rank:
+    """A connected worker of a fleet, without a network."""
+
+    def __init__(self, fleet: Fleet, **changes: Any) -> None:
+        self.layout = layout(**changes)
+        self.engine, self.state = fleet.attach(self.layout)
+        self._sequence = self.state.last_sequence
+
+    def send(self, seconds: float, peaks: Any, **changes: Any) -> bool:
+        self._sequence += 1
+        own = window(self._sequence, peaks, sites=len(self.layout.sites), **changes)
+        return self.engine.merge_window(self.state, own, at(seconds))
+
+    def leave(self, seconds: float) -> None:
+        self.engine.detach(self.state, at(seconds))
+
+
+def only(fleet: Fleet, seconds: float) -> Snapshot:
+    [snapshot] = fleet.snapshots(at(seconds))
+    return snapshot
+
+
+def card_of(fleet: Fleet, seconds: float) -> Card:
+    return build_card(fleet.snapshots(at(seconds)), now=1.0, maxact_version="test")
+
+
+def test_extrema_of_the_hold_horizon_fade_and_the_high_water_mark_stays() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    rank.send(0, [1.0, 500.0, 2.0])
+    rank.send(1, [1.0, 5.0, 2.0])
+    assert only(fleet, 2).absmax.tolist() == [1.0, 500.0, 2.0]
+    rank.send(20, [1.0, 5.0, 2.0])
+    later = only(fleet, 21)
+    assert later.absmax.tolist() == [1.0, 5.0, 2.0]
+    assert later.high_water[stats.PREFILL].tolist() == [1.0, 500.0, 2.0]
+
+
+def test_a_spike_is_shown_for_at_least_half_of_the_hold_horizon() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    rank.send(4.9, 50.0)
+    rank.send(5.1, 1.0)
+    assert only(fleet, 9.8).absmax[0] == 50.0
+
+
+def test_an_idle_engine_has_no_current_values() -> None:
+    fleet = make()
+    Rank(fleet).send(0, 3.0)
+    assert np.isnan(only(fleet, 30).absmax).all()
+
+
+def test_rms_and_mean_magnitude_are_over_elements() -> None:
+    fleet = make()
+    Rank(fleet).send(0, 8.0)
+    hold = only(fleet, 1).hold
+    np.testing.assert_allclose(hold.rms[stats.PREFILL], 2.0)
+    np.testing.assert_allclose(hold.mean_abs[stats.PREFILL], 1.0)
+    np.testing.assert_allclose(hold.crest_ratio[stats.PREFILL], 4.0)
+
+
+def test_tensor_parallel_ranks_count_replicated_sites_once_and_add_shards() -> None:
+    fleet = make()
+    for tp_rank, peaks in enumerate(([1.0, 4.0, 8.0], [1.0, 4.0, 16.0])):
+        Rank(fleet, tp_rank=tp_rank, tp_size=2).send(0, peaks)
+    snapshot = only(fleet, 1)
+    assert snapshot.absmax.tolist() == [1.0, 4.0, 16.0]
+    assert snapshot.tokens == (0, 4, 0)
+    assert snapshot.hold.elements[stats.PREFILL].tolist() == [4 * WIDTH, 4 * WIDTH, 2 * 4 * WIDTH]
+    assert [site.width for site in snapshot.sites] == [WIDTH, WIDTH, 2 * WIDTH]
+    np.testing.assert_allclose(snapshot.hold.rms[stats.PREFILL], [0.25, 1.0, np.sqrt((4 + 16) / 2)])
+
+
+def test_pipeline_stages_hold_different_sites_of_one_engine() -> None:
+    fleet = make()
+    other = (wire.Site(layer=1, name="hidden", width=WIDTH, sharded=False),)
+    Rank(fleet, pp_rank=0, pp_size=2).send(0, 1.0)
+    Rank(fleet, pp_rank=1, pp_size=2, sites=other).send(0, 2.0)
+    snapshot = only(fleet, 1)
+    assert snapshot.keys == ((None, "embedding"), (0, "hidden"), (0, "down_proj_input"), (1, "hidden"))
+    assert snapshot.absmax.tolist() == [1.0, 1.0, 1.0, 2.0]
+    assert snapshot.tokens == (0, 4, 0)
+
+
+def test_a_window_that_comes_twice_is_merged_once() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    own = window(1, 2.0)
+    assert rank.engine.merge_window(rank.state, own, at(0))
+    assert not rank.engine.merge_window(rank.state, own, at(1))
+    assert only(fleet, 1).tokens == (0, 4, 0)
+
+
+def test_a_reconnecting_worker_goes_on_where_it_was() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    rank.send(0, 2.0)
+    rank.leave(1)
+    again = Rank(fleet)
+    assert again.state.last_sequence == 1
+    again.send(2, 3.0)
+    assert only(fleet, 3).tokens == (0, 8, 0)
+
+
+def test_a_restarted_engine_keeps_counters_and_marks() -> None:
+    fleet = make()
+    first = Rank(fleet)
+    first.send(0, 500.0)
+    first.leave(1)
+    Rank(fleet, instance="second").send(2, 3.0)
+    snapshot = only(fleet, 3)
+    assert snapshot.engine == "0"
+    assert snapshot.tokens == (0, 8, 0)
+    assert snapshot.worker_tokens == (0, 4, 0)
+    assert snapshot.high_water[stats.PREFILL, 0] == 500.0
+    assert snapshot.absmax[0] == 3.0
+
+
+def test_two_live_engines_of_one_name_do_not_mix(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = make()
+    Rank(fleet).send(0, 1.0)
+    Rank(fleet, instance="second").send(0, 2.0)
+    assert [snapshot.engine for snapshot in fleet.snapshots(at(1))] == ["0", "0@second"]
+    assert "--maxact-engine" in caplog.text
+
+
+def test_a_gone_engine_disappears_after_the_stale_time_and_returns_with_its_marks() -> None:
+    fleet = make(stale=60.0)
+    rank = Rank(fleet)
+    rank.send(0, 500.0)
+    rank.leave(1)
+    assert len(fleet.snapshots(at(60))) == 1
+    assert fleet.snapshots(at(62)) == []
+    Rank(fleet, instance="second").send(100, 1.0)
+    assert only(fleet, 101).high_water[stats.PREFILL, 0] == 500.0
+
+
+def test_a_worker_whose_sites_changed_is_refused() -> None:
+    fleet = make()
+    Rank(fleet)
+    with pytest.raises(wire.WireError, match=r"layout\.sites: differ"):
+        Rank(fleet, sites=SITES[:2])
+
+
+def test_nonfinite_rows_are_counted_over_restarts() -> None:
+    fleet = make()
+    own = window(1, 2.0)
+    own.values[stats.PREFILL, 1, stats.NONFINITE] = 3
+    rank = Rank(fleet)
+    rank.engine.merge_window(rank.state, own, at(0))
+    rank.leave(1)
+    Rank(fleet, instance="second")
+    assert only(fleet, 2).nonfinite[stats.PREFILL].tolist() == [0, 3, 0]
+
+
+def test_range_is_judged_against_the_card_and_raised_with_evidence(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    rank.send(0, [1.0, 10.0, 2.0])
+    fleet.use_card(card_of(fleet, 1), at(1), name="calm")
+    caplog.set_level(logging.WARNING)
+    rank.send(2, [1.0, 11.0, 2.0])  # 9 % beyond: within the threshold
+    assert not only(fleet, 2).active.any()
+    rank.send(3, [1.0, 40.0, 2.0])
+    snapshot = only(fleet, 3)
+    assert np.argwhere(snapshot.active).tolist() == [[RANGE, 1]]
+    [flag] = snapshot.evidence
+    assert (flag.absmax, flag.limit, flag.headroom_ratio, flag.threshold) == (40.0, 10.0, 0.25, 0.9)
+    assert (flag.phase, flag.since) == ("prefill", 1e9 + 3)
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line == (
+        f"flag raised meaning=range model={MODEL} engine=0 layer=0 site=hidden phase=prefill absmax=40 limit=10 "
+        "headroom_ratio=0.25 threshold=0.9"
+    )
+
+
+def test_a_flag_goes_down_only_after_its_minimum_time_and_back_in_range() -> None:
+    fleet = make(hold=4.0, flag_hold=10.0)
+    rank = Rank(fleet)
+    rank.send(0, 10.0)
+    fleet.use_card(card_of(fleet, 0), at(0), name="calm")
+    rank.send(1, 40.0)
+    for seconds in range(2, 10):
+        rank.send(seconds, 10.0)
+        assert only(fleet, seconds).active[RANGE].all(), seconds
+    rank.send(12, 10.5)  # out of the flag's minimum time, but 5 % beyond the card: not yet clear
+    assert only(fleet, 12).active[RANGE].all()
+    rank.send(20, 10.0)
+    assert not only(fleet, 20).active.any()
+    assert [flag.active for flag in only(fleet, 20).evidence] == [False] * 3
+
+
+def test_fp16_is_judged_without_a_card() -> None:
+    fleet = make()
+    Rank(fleet).send(0, [1.0, 6e4, 2.0])
+    snapshot = only(fleet, 1)
+    assert np.argwhere(snapshot.active).tolist() == [[FP16, 1]]
+    assert np.isnan(snapshot.headroom_ratio[RANGE]).all()
+
+
+def test_a_card_for_another_model_changes_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    rank.send(0, 10.0)
+    card = card_of(fleet, 0).model_copy(update={"model": "another/model"})
+    fleet.use_card(card, at(1), name="wrong")
+    rank.send(2, 1000.0)
+    assert not only(fleet, 2).active.any()
+    assert "which nobody serves here" in caplog.text
+
+
+def test_a_card_holds_extrema_and_sums_of_all_engines() -> None:
+    fleet = make()
+    Rank(fleet, engine="0").send(0, [1.0, 4.0, 2.0])
+    Rank(fleet, engine="1", instance="second").send(0, [3.0, 2.0, 2.0])
+    card = card_of(fleet, 1)
+    assert card.engine is None
+    assert card.limits() == {(None, "embedding"): 3.0, (0, "hidden"): 4.0, (0, "down_proj_input"): 2.0}
+    assert card.num_tokens == 8
+    hidden = next(site for site in card.sites if site.site == "hidden")
+    assert (hidden.elements, hidden.tokens, hidden.phase) == (2 * 4 * WIDTH, 8, "prefill")
+    assert hidden.rms == pytest.approx(np.sqrt((1.0 + 0.25) / 2))
+
+
+def test_sums_that_overflowed_do_not_poison_later_windows() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    huge = window(1, 1.0)
+    huge.values[stats.PREFILL, :, stats.SUM_SQUARES] = np.inf
+    rank.engine.merge_window(rank.state, huge, at(0))
+    assert np.isfinite(only(fleet, 1).total.sums[merge.SQUARES]).all()

@@ -1,0 +1,258 @@
+"""The sidecar as a process: streams, scrapes, API and command line over real sockets."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+from processes import Sidecar, free_port, program, wait_for
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+from workers import MODEL, Worker, layout, window
+
+from maxact_sidecar.collector import FAMILIES, PHASED
+
+GOLDEN = Path(__file__).with_name("metrics.txt")
+
+
+def test_a_scrape_is_byte_for_byte_what_it_was(sidecar: Sidecar) -> None:
+    worker = sidecar.connect(layout(model='odd "model"\\path'))
+    worker.send([1.5, 2e4, 3.25])
+    bulk = [
+        line
+        for line in sidecar.scrape().splitlines()
+        if "timestamp" not in line and not line.startswith(("maxact_ingest", "maxact_render", "maxact_series"))
+    ]
+    text = "\n".join(bulk[: next(index for index, line in enumerate(bulk) if "maxact_build_info" in line)]) + "\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(text)
+    assert text == GOLDEN.read_text()
+
+
+@pytest.mark.parametrize(
+    ("accept", "parse"),
+    [("text/plain", parse_text), ("application/openmetrics-text; version=1.0.0", parse_openmetrics)],
+)
+def test_prometheus_own_parsers_read_every_series(sidecar: Sidecar, accept: str, parse: Any) -> None:
+    sidecar.connect().send([1.5, 2e4, 3.25])
+    families = {family.name: family for family in parse(sidecar.scrape(accept))}
+    absmax = {
+        (sample.labels.get("layer", ""), sample.labels["site"]): sample.value
+        for sample in families["maxact_absmax"].samples
+    }
+    assert absmax == {("", "embedding"): 1.5, ("0", "hidden"): 2e4, ("0", "down_proj_input"): 3.25}
+    assert families["maxact_tokens"].type == "counter"
+    assert {sample.labels["phase"]: sample.value for sample in families["maxact_tokens"].samples}["prefill"] == 4
+
+
+@pytest.mark.server
+def test_promtool_finds_nothing_to_say_about_the_metrics(sidecar: Sidecar) -> None:
+    sidecar.connect().send([1.5, 2e4, 3.25])
+    linted = subprocess.run(["promtool", "check", "metrics"], input=sidecar.scrape(), capture_output=True, text=True)
+    assert (linted.returncode, linted.stderr) == (0, "")
+
+
+def test_every_family_of_the_catalogue_appears_with_its_labels(sidecar: Sidecar) -> None:
+    worker = sidecar.connect()
+    worker.send([1.5, 6e4, 3.25])
+    card = sidecar.get("card")
+    httpx.post(f"{sidecar.url}/api/v1/cards", json=card).raise_for_status()
+    text = sidecar.scrape()
+    for family in FAMILIES:
+        lines = [line for line in text.splitlines() if line.startswith((f"{family.name}{{", f"{family.name} "))]
+        assert lines, family.name
+        for label in family.labels:
+            assert any(f'{label}="' in line for line in lines), (family.name, label)
+
+
+def test_a_scrape_is_compressed_for_those_who_ask(sidecar: Sidecar) -> None:
+    sidecar.connect().send(1.0)
+    with httpx.stream("GET", f"{sidecar.url}/metrics", headers={"accept-encoding": "gzip"}) as response:
+        body = b"".join(response.iter_raw())
+    assert response.headers["content-encoding"] == "gzip"
+    assert b"maxact_absmax{" in gzip.decompress(body)
+    plain = httpx.get(f"{sidecar.url}/metrics", headers={"accept-encoding": "gzip;q=0"})
+    assert "content-encoding" not in plain.headers
+
+
+def test_nothing_is_shown_about_phases_that_saw_no_token(sidecar: Sidecar) -> None:
+    sidecar.connect().send(1.0)
+    phased = [family.name for family in FAMILIES if family.labels == PHASED]
+    shown = [line for line in sidecar.scrape().splitlines() if line.startswith(tuple(f"{name}{{" for name in phased))]
+    assert shown
+    assert all('phase="prefill"' in line for line in shown)
+
+
+def test_the_series_cap_drops_and_counts(tmp_path: Path) -> None:
+    sidecar = Sidecar(tmp_path / "log", "--max-series", "10")
+    try:
+        sidecar.connect().send(1.0)
+        sidecar.scrape()
+        text = sidecar.scrape()
+    finally:
+        sidecar.stop()
+    samples = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
+    assert samples["maxact_series"] == 10
+    assert samples["maxact_series_dropped_total"] > 10
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda own: own.values.fill(float("nan")), "window.values"),
+        (lambda own: setattr(own, "layout_id", 99), "window.layout_id"),
+    ],
+)
+def test_a_window_that_breaks_the_contract_ends_its_stream_and_is_counted(
+    sidecar: Sidecar, spoil: Any, reason: str
+) -> None:
+    worker = sidecar.connect()
+    own = window(1, 1.0, layout_id=worker.layout_id)
+    spoil(own)
+    with pytest.raises(grpc.RpcError) as raised:
+        worker.send_raw(own)
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert raised.value.details().startswith(reason)
+    assert f'maxact_windows_rejected_total{{reason="{reason}"}} 1.0' in sidecar.scrape()
+
+
+def test_ranks_and_models_are_listed(sidecar: Sidecar) -> None:
+    sidecar.connect().send(1.0)
+    [model] = sidecar.get("models")
+    [engine] = model["engines"]
+    assert (model["model"], engine["sites"], engine["tokens"]["prefill"]) == (MODEL, 3, 4)
+    [rank] = engine["ranks"]
+    assert (rank["rank"], rank["connected"], rank["windows"]) == ("pp0tp0", True, 1)
+    assert abs(rank["last_window_seconds"] - time.time()) < 10
+
+
+def test_a_worker_that_left_is_shown_as_down(sidecar: Sidecar) -> None:
+    worker = sidecar.connect()
+    worker.send(1.0)
+    worker.close()
+    down = f'maxact_rank_up{{model_name="{MODEL}",engine="0",rank="pp0tp0"}} 0.0'
+    wait_for(lambda: down in sidecar.scrape(), 10)
+
+
+def test_a_card_is_saved_loaded_and_judged_from_the_command_line(sidecar: Sidecar, tmp_path: Path) -> None:
+    worker = sidecar.connect()
+    worker.send([1.0, 10.0, 2.0])
+    card = tmp_path / "card.json"
+    saved = maxact("card", sidecar.url, "--output", str(card))
+    assert saved.stdout == f"{card}: {MODEL}, 3 sites, 4 tokens\n"
+    loaded = maxact("card", sidecar.url, "--load", str(card))
+    assert loaded.stdout == f"{card}: {MODEL}, 3 sites are judged against it\n"
+    worker.send([1.0, 30.0, 2.0])
+    [flag] = [flag for flag in sidecar.get("flags") if flag["active"]]
+    assert (flag["layer"], flag["site"], flag["meaning"]) == (0, "hidden", "range")
+    assert flag["headroom_ratio"] == pytest.approx(1 / 3)
+    assert "flag raised meaning=range" in sidecar.log.read_text()
+
+
+def test_a_card_given_at_start_is_used(sidecar: Sidecar, tmp_path: Path) -> None:
+    sidecar.connect().send([1.0, 10.0, 2.0])
+    card = tmp_path / "card.json"
+    card.write_text(json.dumps(sidecar.get("card")))
+    second = Sidecar(tmp_path / "second.log", "--card", str(card))
+    try:
+        second.connect().send([1.0, 30.0, 2.0])
+        assert [flag["site"] for flag in second.get("flags")] == ["hidden"]
+    finally:
+        second.stop()
+
+
+def test_a_bad_card_is_refused_with_its_field(sidecar: Sidecar, tmp_path: Path) -> None:
+    sidecar.connect().send(1.0)
+    card = sidecar.get("card")
+    card["sites"][1]["absmax"] = -3
+    answer = httpx.post(f"{sidecar.url}/api/v1/cards", json=card)
+    assert answer.status_code == 422
+    assert "absmax" in answer.text
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(card))
+    failed = maxact("card", sidecar.url, "--load", str(path))
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert f"{path}: sites[1].absmax" in failed.stderr
+
+
+def test_asking_for_a_card_before_any_token_says_what_is_missing(sidecar: Sidecar, tmp_path: Path) -> None:
+    failed = maxact("card", sidecar.url, "--output", str(tmp_path / "card.json"))
+    assert (failed.returncode, failed.stderr) == (2, f"error: {sidecar.url}: no engine has connected yet\n")
+    sidecar.connect()
+    failed = maxact("card", sidecar.url, "--output", str(tmp_path / "card.json"))
+    assert failed.stderr == f"error: {sidecar.url}: {MODEL}: no tokens seen yet; send a request first\n"
+
+
+def maxact(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program("maxact"), *arguments], capture_output=True, text=True)
+
+
+def sidecar_error(*arguments: str) -> str:
+    done = maxact("sidecar", "--grpc", f"127.0.0.1:{free_port()}", "--http", f"127.0.0.1:{free_port()}", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--grpc", "nonsense"), "grpc: 'nonsense' is not an address"),
+        (("--http", "0.0.0.0:9471"), "http: 0.0.0.0:9471 can be reached from other machines"),
+        (("--hold", "0"), "hold: "),
+        (("--card", "/nowhere/card.json"), "/nowhere/card.json: No such file or directory"),
+        (("--grpc", "unix:/nowhere/socket"), "unix:/nowhere/socket: the folder /nowhere does not exist"),
+    ],
+)
+def test_bad_settings_end_with_one_line_that_names_the_field(arguments: tuple[str, ...], message: str) -> None:
+    assert sidecar_error(*arguments).startswith(f"error: {message}")
+
+
+def test_a_card_that_is_no_json_is_refused_with_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "card.json"
+    path.write_text('{"schema": 1,\n oops}')
+    assert f"{path}: line 2 column 2" in sidecar_error("--card", str(path))
+
+
+@pytest.mark.parametrize("which", ["grpc", "http"])
+def test_a_taken_port_is_a_clear_error(which: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert f"{which}: cannot listen on {address}" in sidecar_error(f"--{which}", address)
+
+
+def test_unix_sockets_are_private_and_gone_afterwards(tmp_path: Path) -> None:
+    own = [tmp_path / "grpc.sock", tmp_path / "http.sock"]
+    command = [program("maxact"), "sidecar", "--grpc", f"unix:{own[0]}", "--http", f"unix:{own[1]}"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: all(path.exists() for path in own), 20)
+        assert [stat.S_IMODE(path.stat().st_mode) for path in own] == [0o700, 0o700]
+        worker = Worker(f"unix:{own[0]}")
+        worker.send(5.0)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(own[1]))) as client:
+            assert client.get("http://sidecar/api/v1/models").json()[0]["model"] == MODEL
+        worker.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+    assert not any(path.exists() for path in own)
+
+
+def test_it_stops_within_seconds_with_a_worker_connected(sidecar: Sidecar) -> None:
+    sidecar.connect().send(1.0)
+    started = time.monotonic()
+    sidecar._process.send_signal(signal.SIGINT)
+    assert sidecar._process.wait(10) == 0
+    assert time.monotonic() - started < 5
