@@ -129,8 +129,8 @@ def _worst_sites() -> Any:
         Column(field="meaning", title="Against", width=80),
         Column(field="B", title="Absmax", unit="short", width=90),
         Column(field="C", title="Limit", unit="short", width=90),
-        Column(field="A", title="Margin", width=80, steps=margin_steps()),
-        Column(field="D", title="Flag", width=70, mappings=(FLAG,)),
+        Column(field="A", title="Margin", unit="none", width=80, steps=margin_steps()),
+        Column(field="D", title="Flag", unit="none", width=70, mappings=(FLAG,)),
     ]
     return rows(text, queries, columns, sort="Margin")
 

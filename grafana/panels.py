@@ -168,8 +168,8 @@ class Column:
 
     field: str
     title: str
-    unit: str = "none"
-    decimals: int = 3
+    unit: str = "string"
+    """``string`` for labels: a label that looks like a number must not be formatted as one."""
     width: int = 0
     steps: Steps | None = None
     mappings: tuple[Any, ...] = ()
@@ -209,7 +209,9 @@ def _field(column: Column, num_queries: int) -> str:
 
 
 def _column(column: Column) -> list[Any]:
-    values: dict[str, object] = {"unit": column.unit, "decimals": column.decimals}
+    values: dict[str, object] = {"unit": column.unit}
+    if column.unit != "string":
+        values["decimals"] = 2
     if column.width:
         values["custom.width"] = column.width
     if column.steps is not None:
