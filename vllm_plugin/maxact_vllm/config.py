@@ -63,7 +63,7 @@ class Settings:
         given = {name: mapping[name] for name in names if mapping.get(name) is not None}
         try:
             if "interval" in given:
-                given["interval"] = float(given["interval"])
+                given["interval"] = number(given["interval"])
             return cls(**(_from_environ() | given))
         except TypeError as error:
             raise SettingsError(f"maxact: {error}") from error
@@ -89,11 +89,11 @@ def _from_environ() -> dict[str, Any]:
     return values
 
 
-def number(text: str) -> float:
-    """A float from a flag or variable. Raises `SettingsError` when it is none."""
+def number(text: Any) -> float:
+    """A float from a flag, a variable or a mapping. Raises `SettingsError` when it is none."""
     try:
         return float(text)
-    except ValueError:
+    except (TypeError, ValueError):
         raise SettingsError(f"maxact interval: {text!r} is not a number of seconds") from None
 
 

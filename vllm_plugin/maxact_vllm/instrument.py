@@ -15,7 +15,8 @@ that one fold reads them all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,14 +24,32 @@ from torch import nn
 
 from maxact_proto import stats
 
-if TYPE_CHECKING:  # it imports the whole of vLLM
-    from maxact_vllm.sites import Tap
-
 NUM_ROWS = stats.NONFINITE
 """Statistics reduced in the graph: max, min, sum_squares, sum_abs. Non-finite rows are recognized when folding."""
 
 _ALIGNMENT = 64
 """Rows start at multiples of 256 bytes: Inductor copies inputs that are aligned to less than 16 bytes."""
+
+
+Reads = Literal["input", "output", "residual"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tap:
+    """Where one site is read: ``reads`` of ``module``.
+
+    ``input``: the first tensor argument. ``output``: the output, or the first of a tuple. ``residual``: the second of
+    a ``(normed, residual)`` tuple, or the input of a norm that was given no residual: the residual stream itself.
+    """
+
+    layer: int | None
+    name: str
+    path: str
+    module: nn.Module
+    reads: Reads
+    width: int
+    """Elements per token on this rank."""
+    sharded: bool = False
 
 
 def allocate(num_sites: int, max_tokens: int, device: torch.device) -> torch.Tensor:

@@ -12,34 +12,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from maxact_vllm.compat import holds_attention, is_missing_layer
-
-Reads = Literal["input", "output", "residual"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Tap:
-    """Where one site is read: ``reads`` of ``module``.
-
-    ``input``: the first tensor argument. ``output``: the output, or the first of a tuple. ``residual``: the second of
-    a ``(normed, residual)`` tuple, or the input of a norm that was given no residual: the residual stream itself.
-    """
-
-    layer: int | None
-    name: str
-    path: str
-    module: nn.Module
-    reads: Reads
-    width: int
-    """Elements per token on this rank."""
-    sharded: bool = False
+from maxact_vllm.instrument import Reads, Tap
 
 
 def find_taps(model: nn.Module, hidden_size: int, num_layers: int) -> list[Tap]:

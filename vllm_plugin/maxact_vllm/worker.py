@@ -19,8 +19,8 @@ from maxact_vllm import compat, logger
 from maxact_vllm.config import Settings
 from maxact_vllm.flush import Flusher
 from maxact_vllm.fold import Folder
-from maxact_vllm.instrument import NUM_ROWS, allocate, instrument
-from maxact_vllm.sites import Tap, find_taps
+from maxact_vllm.instrument import NUM_ROWS, Tap, allocate, instrument
+from maxact_vllm.sites import find_taps
 from maxact_vllm.stream import Outbox, Streamer
 
 _MAX_FAILURES = 3
