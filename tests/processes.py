@@ -47,6 +47,14 @@ class Sidecar:
         """The text of ``/metrics``."""
         return httpx.get(f"{self.url}/metrics", headers={"accept": accept}).raise_for_status().text
 
+    def use_live_state_as_card(self) -> None:
+        """Make what was seen so far the calibration card."""
+        httpx.post(f"{self.url}/api/v1/cards", json=self.get("card")).raise_for_status()
+
+    def kill(self) -> None:
+        """Let the process die at once, as a crash would."""
+        self._process.kill()
+
     def stop(self) -> int:
         """Close workers, end the process; its exit status."""
         for worker in self._workers:

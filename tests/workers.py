@@ -56,7 +56,7 @@ class Worker:
         self._channel = grpc.insecure_channel(address)
         self._requests.put(wire.encode_layout(self.layout))
         stub = telemetry_pb2_grpc.TelemetryServiceStub(self._channel)
-        self._replies = stub.Stream(iter(self._requests.get, None), wait_for_ready=True, timeout=60)
+        self._replies = stub.Stream(iter(self._requests.get, None), wait_for_ready=True, timeout=150)
         accepted = next(self._replies).layout_accepted
         self.layout_id, self.sequence = accepted.layout_id, accepted.last_sequence
 

@@ -1,4 +1,4 @@
-"""Real servers for end-to-end tests, on free ports of the loopback: sidecar, Prometheus, Alertmanager, a webhook.
+"""Real servers for end-to-end tests, on free ports of the loopback: Prometheus, Alertmanager, a webhook.
 
 Prometheus and Alertmanager run the committed configurations of ``grafana/``, with 1 s scrapes and evaluations and with
 the addresses of this run.
@@ -9,28 +9,19 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
-import queue
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import grpc
 import httpx
-import numpy as np
 import pytest
 import yaml
-
-from maxact_proto import stats, wire
-from maxact_proto.v1 import telemetry_pb2 as pb
-from maxact_proto.v1 import telemetry_pb2_grpc as rpc
+from processes import free_port, wait_for
 
 GRAFANA: Final = Path(__file__).parents[2] / "grafana"
 PROGRAMS: Final = ("prometheus", "prometheus-alertmanager")
@@ -41,23 +32,6 @@ def need_programs() -> None:
     for program in PROGRAMS:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_for(condition: Callable[[], Any], *, seconds: float, what: str) -> Any:
-    """The first truthy result; fails with ``what`` after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
-    return result
 
 
 @contextlib.contextmanager
@@ -74,97 +48,11 @@ def process(command: list[str | Path], *, ready: str, log: Path) -> Iterator[sub
     with log.open("wb") as output:
         running = subprocess.Popen(command, stdout=output, stderr=output)
     try:
-        wait_for(serves, seconds=30, what=f"{ready} answers")
+        wait_for(serves, 30)
         yield running
     finally:
         running.send_signal(signal.SIGTERM)
         running.wait(20)
-
-
-class Worker:
-    """A vLLM worker as the sidecar sees it: a layout, then windows of planted statistics, each acknowledged."""
-
-    def __init__(self, address: str, *, model: str, sites: tuple[tuple[int | None, str], ...]) -> None:
-        self.model = model
-        self._sites = sites
-        self._sequence = 0
-        self._lifetime = stats.empty(len(sites))[..., : stats.NUM_EXTREMA].copy()
-        self._requests: queue.Queue[pb.StreamRequest | None] = queue.Queue()
-        self._channel = grpc.insecure_channel(address)
-        table = tuple(wire.Site(layer=layer, name=name, width=64, sharded=False) for layer, name in sites)
-        layout = wire.Layout(model=model, engine="0", instance="first", sites=table)
-        self._requests.put(wire.encode_layout(layout))
-        stub = rpc.TelemetryServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._replies = stub.Stream(iter(self._requests.get, None), wait_for_ready=True)
-        self._layout_id = next(self._replies).layout_accepted.layout_id
-
-    def send(self, planted: dict[tuple[int | None, str], float] | None = None) -> None:
-        """One window: absmax 10 everywhere but where something else is planted."""
-        tokens = (1, 30, 20)
-        values = stats.empty(len(self._sites))
-        for index, site in enumerate(self._sites):
-            peak = (planted or {}).get(site, 10.0)
-            for phase, count in enumerate(tokens):
-                elements = 64 * count
-                values[phase, index] = (peak, -peak / 2, elements * 4.0, elements * 1.0, 0)
-        extrema = values[..., : stats.NUM_EXTREMA]
-        self._lifetime = np.stack(
-            [np.maximum(self._lifetime[..., 0], extrema[..., 0]), np.minimum(self._lifetime[..., 1], extrema[..., 1])],
-            -1,
-        )
-        self._sequence += 1
-        now = time.time()
-        window = wire.Window(
-            layout_id=self._layout_id,
-            sequence=self._sequence,
-            start_seconds=now - 0.2,
-            end_seconds=now,
-            tokens=tokens,
-            values=values,
-            lifetime=self._lifetime,
-        )
-        self._requests.put(wire.encode_window(window))
-        assert next(self._replies).window_ack.sequence == self._sequence
-
-    def close(self) -> None:
-        """End the stream."""
-        self._requests.put(None)
-        self._channel.close()
-
-
-def send_foreign_layout(address: str) -> None:
-    """Connect as a worker of another version: the sidecar refuses the stream."""
-    layout = wire.Layout(
-        model="m", engine="0", instance="i", sites=(wire.Site(layer=0, name="hidden", width=64, sharded=False),)
-    )
-    message = wire.encode_layout(layout)
-    message.layout.stats.append("a statistic of tomorrow")
-    with grpc.insecure_channel(address) as channel, contextlib.suppress(grpc.RpcError):
-        list(rpc.TelemetryServiceStub(channel).Stream(iter([message])))  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sidecar:
-    """A running ``maxact sidecar``."""
-
-    grpc: str
-    http: str
-    process: subprocess.Popen[bytes]
-
-    def use_live_state_as_card(self) -> None:
-        """Make what was seen so far the calibration card."""
-        card = httpx.get(f"http://{self.http}/api/v1/card").raise_for_status().json()
-        httpx.post(f"http://{self.http}/api/v1/cards", json=card).raise_for_status()
-
-
-@contextlib.contextmanager
-def run_sidecar(folder: Path, *options: str) -> Iterator[Sidecar]:
-    """``maxact sidecar`` with these options."""
-    receiver, page = (f"127.0.0.1:{free_port()}" for _ in range(2))
-    maxact = Path(sys.executable).with_name("maxact")
-    command: list[str | Path] = [maxact, "sidecar", "--grpc", receiver, "--http", page, *options]
-    with process(command, ready=f"http://{page}/-/healthy", log=folder / "sidecar.log") as running:
-        yield Sidecar(grpc=receiver, http=page, process=running)
 
 
 class Webhook:

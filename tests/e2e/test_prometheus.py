@@ -6,6 +6,7 @@ traffic resolves it; a second spike is followed by the death of the sidecar.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -14,16 +15,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 import pytest
+from processes import Sidecar, wait_for
 from tests.e2e import live
 from tests.grafana.assets import ALERTS, RECORDED, all_queries
+from workers import WIDTH, Worker, layout
+
+from maxact_proto import stats, wire
+from maxact_proto.v1 import telemetry_pb2_grpc
+from maxact_sidecar.state import SiteKey
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
 
 MODEL: Final = 'say "hi"\\now'
 """A model name may hold what must be escaped in labels and templates."""
 SITES: Final = ((None, "embedding"), (0, "hidden"), (1, "hidden"), (1, "mlp_input"), (None, "final_norm"))
-SPIKE: Final[dict[tuple[int | None, str], float]] = {(1, "hidden"): 80.0}
+SPIKE: Final[dict[SiteKey, float]] = {(1, "hidden"): 80.0}
 INTERVAL: Final = 0.2
 
 
@@ -50,12 +58,31 @@ class Story:
     sidecar_up: list[dict[str, Any]] = field(default_factory=list)
 
 
+def send(worker: Worker, planted: dict[SiteKey, float]) -> None:
+    """One window of every phase: absmax 10 everywhere but where something else is planted."""
+    values = stats.empty(len(SITES))
+    tokens = (1, 30, 20)
+    for index, site in enumerate(SITES):
+        peak = planted.get(site, 10.0)
+        for phase, count in enumerate(tokens):
+            values[phase, index] = (peak, -peak / 2, WIDTH * count * 4.0, WIDTH * count * 1.0, 0)
+    worker.send(0, values=values, lifetime=values[..., : stats.NUM_EXTREMA].copy(), tokens=tokens)
+
+
+def send_foreign_layout(sidecar: Sidecar) -> None:
+    """Connect as a worker of another version: the sidecar refuses the stream."""
+    message = wire.encode_layout(layout())
+    message.layout.stats.append("a statistic of tomorrow")
+    with grpc.insecure_channel(sidecar.grpc) as channel, contextlib.suppress(grpc.RpcError):
+        list(telemetry_pb2_grpc.TelemetryServiceStub(channel).Stream(iter([message])))
+
+
 class Traffic:
     """Sends a window every `INTERVAL` seconds until stopped; what is planted goes into the next one."""
 
-    def __init__(self, worker: live.Worker) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._planted: dict[tuple[int | None, str], float] | None = None
+        self._planted: dict[SiteKey, float] | None = None
         self._sent = threading.Event()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -64,11 +91,11 @@ class Traffic:
     def _run(self) -> None:
         while not self._stop.wait(INTERVAL):
             planted, self._planted = self._planted, None
-            self._worker.send(planted)
+            send(self._worker, planted or {})
             if planted:
                 self._sent.set()
 
-    def plant(self, planted: dict[tuple[int | None, str], float]) -> float:
+    def plant(self, planted: dict[SiteKey, float]) -> float:
         """Put these into one window; the steady second at which it was acknowledged."""
         self._sent.clear()
         self._planted = planted
@@ -92,11 +119,11 @@ def tell(folder: Path, stack: ExitStack) -> Story:
     seen = Story()
     webhook = stack.enter_context(live.run_webhook())
     alertmanager = stack.enter_context(live.run_alertmanager(folder, webhook))
-    sidecar = stack.enter_context(live.run_sidecar(folder, "--hold", "4", "--flag-hold", "6"))
+    sidecar = Sidecar(folder / "sidecar.log", "--hold", "4", "--flag-hold", "6")
+    stack.callback(sidecar.stop)
     prometheus = stack.enter_context(live.run_prometheus(folder, target=sidecar.http, alertmanager=alertmanager))
-    worker = live.Worker(sidecar.grpc, model=MODEL, sites=SITES)
-    stack.callback(worker.close)
-    traffic = Traffic(worker)
+    sites = tuple(wire.Site(layer=layer, name=name, width=WIDTH, sharded=False) for layer, name in SITES)
+    traffic = Traffic(sidecar.connect(layout(model=MODEL, sites=sites)))
     stack.callback(traffic.stop)
     stay_calm(seen, sidecar, prometheus)
     leave_the_range(seen, traffic, prometheus, webhook)
@@ -110,24 +137,24 @@ def flags(prometheus: live.Prometheus) -> list[dict[str, Any]]:
     return prometheus.query('maxact_headroom_flag{meaning="range"} == 1')
 
 
-def stay_calm(seen: Story, sidecar: live.Sidecar, prometheus: live.Prometheus) -> None:
-    live.wait_for(lambda: prometheus.query("maxact_absmax"), seconds=20, what="absmax in Prometheus")
-    live.send_foreign_layout(sidecar.grpc)
+def stay_calm(seen: Story, sidecar: Sidecar, prometheus: live.Prometheus) -> None:
+    wait_for(lambda: prometheus.query("maxact_absmax"), 20)
+    send_foreign_layout(sidecar)
     sidecar.use_live_state_as_card()
     judged = 'maxact_headroom_flag{meaning="range"}'
-    live.wait_for(lambda: prometheus.query(judged), seconds=20, what="sites judged against the card")
+    wait_for(lambda: prometheus.query(judged), 20)
     time.sleep(4)
     seen.silent = prometheus.firing()
 
 
 def leave_the_range(seen: Story, traffic: Traffic, prometheus: live.Prometheus, webhook: live.Webhook) -> None:
     spike = traffic.plant(SPIKE)
-    live.wait_for(lambda: flags(prometheus), seconds=10, what="the flag in Prometheus")
+    wait_for(lambda: flags(prometheus), 10)
     seen.metric_seconds = time.monotonic() - spike
-    seen.fired = live.wait_for(prometheus.firing, seconds=10, what="a firing alert")
-    seen.notified = live.wait_for(
-        lambda: webhook.find("MaxactRangeExceeded", "firing"), seconds=30, what="a notification"
-    )
+    wait_for(prometheus.firing, 10)
+    seen.fired = prometheus.firing()
+    wait_for(lambda: webhook.find("MaxactRangeExceeded", "firing"), 30)
+    seen.notified = webhook.find("MaxactRangeExceeded", "firing")
     seen.notification_seconds = seen.notified[0]["received"] - spike
 
 
@@ -148,20 +175,19 @@ def ask_everything(seen: Story, prometheus: live.Prometheus) -> None:
 
 
 def calm_down(seen: Story, prometheus: live.Prometheus, webhook: live.Webhook) -> None:
-    live.wait_for(lambda: not flags(prometheus), seconds=30, what="the flag cleared")
-    live.wait_for(lambda: not prometheus.firing(), seconds=10, what="the alert resolved")
+    wait_for(lambda: not flags(prometheus), 30)
+    wait_for(lambda: not prometheus.firing(), 10)
     seen.resolved = prometheus.firing()
-    seen.resolution = live.wait_for(
-        lambda: webhook.find("MaxactRangeExceeded", "resolved"), seconds=30, what="the resolution"
-    )
+    wait_for(lambda: webhook.find("MaxactRangeExceeded", "resolved"), 30)
+    seen.resolution = webhook.find("MaxactRangeExceeded", "resolved")
 
 
-def die(seen: Story, traffic: Traffic, sidecar: live.Sidecar, prometheus: live.Prometheus) -> None:
+def die(seen: Story, traffic: Traffic, sidecar: Sidecar, prometheus: live.Prometheus) -> None:
     traffic.plant(SPIKE)
-    live.wait_for(prometheus.firing, seconds=10, what="the second alert")
+    wait_for(prometheus.firing, 10)
     traffic.stop()
-    sidecar.process.kill()
-    live.wait_for(lambda: prometheus.query('up{job="maxact"} == 0'), seconds=10, what="a failed scrape")
+    sidecar.kill()
+    wait_for(lambda: prometheus.query('up{job="maxact"} == 0'), 10)
     time.sleep(5)
     assert prometheus.query("maxact_headroom_flag") == []
     seen.after_death = prometheus.firing()
