@@ -1,13 +1,15 @@
 """``maxact serve``: a sidecar and ``vllm serve --plugin maxact`` as two child processes, one to stop.
 
 The sidecar comes first and goes last. If it dies alone, serving goes on: the plugin keeps its statistics. Each child
-leads a process group, so that vLLM's engine processes end with it whatever happens.
+leads a process group: its leader is asked to stop and does so in order, and whatever is left of the group then is
+killed, so that vLLM's engine processes end with it whatever happens.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import os
 import shutil
 import signal
@@ -22,11 +24,12 @@ from typing import Annotated, Any
 
 import typer
 
-from maxact_sidecar.cli import fail
+from maxact_sidecar.cli import fail, sidecar
 from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP
 
 _SIDECAR_START_SECONDS = 30.0
 _STOP_SECONDS = 25.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -39,21 +42,47 @@ def serve(
         list[str] | None, typer.Option(metavar="[MODEL=]FILE", help="Calibration card for the sidecar.")
     ] = None,
 ) -> None:
-    """Serve MODEL with vLLM, observed, with a sidecar beside it. All other arguments go to vllm serve.
+    """Serve MODEL with vLLM, observed, with a sidecar beside it.
 
-    Example: maxact serve Qwen/Qwen3-8B --max-model-len 8192 --maxact-sites all
+    Every option of maxact sidecar can be given here; all other arguments go to vllm serve.
+
+    Example: maxact serve Qwen/Qwen3-8B --card qwen3.json --max-model-len 8192 --maxact-sites all
     """
+    if model.startswith("-"):
+        fail(f"MODEL comes first, before {model}: maxact serve MODEL [options] [vllm arguments]")
+    for_sidecar, for_vllm = split(context.args)
+    taken = [argument for argument in for_vllm if argument.split("=")[0] in ("--plugin", "--maxact-endpoint")]
+    if taken:
+        fail(f"{taken[0]}: maxact serve sets this itself; the address between vLLM and the sidecar is --grpc ADDR")
     vllm = _program("vllm")
     if vllm is None:
         fail("vllm is not installed beside maxact: install maxact into the environment vLLM runs in")
     cards = [argument for file in card or () for argument in ("--card", file)]
-    sidecar_command = [str(_program("maxact")), "sidecar", "--grpc", grpc, "--http", http, *cards]
-    vllm_command = [str(vllm), "serve", model, "--plugin", "maxact", "--maxact-endpoint", grpc, *context.args]
-    with _signals_raise(), _child(sidecar_command) as sidecar:
-        _wait_until_ready(sidecar, http)
+    sidecar_command = [str(_program("maxact")), "sidecar", "--grpc", grpc, "--http", http, *cards, *for_sidecar]
+    vllm_command = [str(vllm), "serve", model, "--plugin", "maxact", "--maxact-endpoint", grpc, *for_vllm]
+    with _signals_raise(), _child(sidecar_command) as beside:
+        _wait_until_ready(beside, http)
         with _child(vllm_command) as server:
-            status = _watch(server, sidecar)
+            status = _watch(server, beside)
     raise typer.Exit(status)
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are options of ``maxact sidecar``, with their values, and the others."""
+    parameters = inspect.signature(sidecar).parameters.values()
+    takes_value = {"--" + each.name.replace("_", "-"): not isinstance(each.default, bool) for each in parameters}
+    ours: list[str] = []
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name not in takes_value:
+            others.append(argument)
+            continue
+        ours.append(argument)
+        if takes_value[name] and not equals:
+            ours += [value for value in [next(rest, None)] if value is not None]
+    return ours, others
 
 
 def _program(name: str) -> Path | None:
@@ -66,7 +95,7 @@ def _program(name: str) -> Path | None:
 
 
 class _Stop(BaseException):
-    """SIGINT or SIGTERM came."""
+    """The user wants us to stop."""
 
 
 @contextlib.contextmanager
@@ -75,11 +104,11 @@ def _signals_raise() -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         # Once is enough: a second signal must not interrupt stopping the children.
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in _STOP_SIGNALS:
             signal.signal(each, signal.SIG_IGN)
         raise _Stop
 
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in _STOP_SIGNALS:
         signal.signal(each, stop)
     with contextlib.suppress(_Stop):
         yield
@@ -99,25 +128,19 @@ def _child(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        _signal_group(process, signal.SIGTERM)
-        try:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
-        _signal_group(process, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def _wait_until_ready(sidecar: subprocess.Popen[bytes], http: str) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], http: str) -> None:
     deadline = time.monotonic() + _SIDECAR_START_SECONDS
     while not _answers(http):
-        if sidecar.poll() is not None:
-            raise typer.Exit(sidecar.returncode or 1)  # it has said why
+        if process.poll() is not None:
+            raise typer.Exit(process.returncode or 1)  # it has said why
         if time.monotonic() > deadline:
             fail(f"the sidecar did not answer at {http} within {_SIDECAR_START_SECONDS:.0f} s")
         time.sleep(0.1)
@@ -133,11 +156,11 @@ def _answers(http: str) -> bool:
         return False
 
 
-def _watch(server: subprocess.Popen[bytes], sidecar: subprocess.Popen[bytes]) -> int:
+def _watch(server: subprocess.Popen[bytes], beside: subprocess.Popen[bytes]) -> int:
     """Wait for vLLM's end; its exit status."""
     warned = False
     while server.poll() is None:
-        if sidecar.poll() is not None and not warned:
+        if beside.poll() is not None and not warned:
             warned = True
             typer.echo("maxact: the sidecar ended; vLLM goes on, restart one with: maxact sidecar", err=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
