@@ -92,9 +92,7 @@ def test_a_planted_value_arrives_unchanged_at_every_hop(  # noqa: PLR0915  (the 
     assert window.tokens == (1, 5, 0)
 
     # Hop 6: dataclass -> bytes -> dataclass (asserted here, used by hop 5 below).
-    sent = wire.encode_window(
-        wire.Window(**{name: getattr(window, name) for name in window.__slots__} | {"sequence": 9})
-    )
+    sent = wire.encode_window(dataclasses.replace(window, sequence=9))
     decoded = wire.decode_window(pb.StreamRequest.FromString(sent.SerializeToString()).window, 1)
     assert decoded.values[stats.PREFILL, 0, stats.MIN] == PLANTED
 

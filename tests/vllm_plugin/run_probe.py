@@ -43,7 +43,8 @@ def main(model: str, additional: str) -> None:
         "hooks": llm.apply_model(count_hooks)[0],
         "buffers": llm.apply_model(count_buffers)[0],
         "threads": sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("maxact")),
-        "modules": sorted(name for name in sys.modules if name.partition(".")[0].startswith(("maxact", "grpc"))),
+        "modules": sorted(name for name in sys.modules if name.startswith("maxact")),
+        "grpc": sorted(name for name in sys.modules if name.partition(".")[0] == "grpc"),
         "wrapped": sorted({"load_model", "execute_model"} & set(vars(worker.model_runner))),
         "patched": hasattr(WorkerWrapperBase.init_device, "__wrapped__"),
     }

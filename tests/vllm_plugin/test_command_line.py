@@ -36,7 +36,6 @@ def test_help_shows_the_flags() -> None:
             ("--plugin", "maxact", "--maxact-sites", "(hidden"),
             "argument --maxact-sites: maxact sites: '(hidden' is no preset (serving, paper, all) and no regular",
         ),
-        (("--maxact-sites", "all"), "--maxact-sites needs --plugin maxact"),
     ],
 )
 def test_a_bad_flag_is_an_argument_error_before_a_model_loads(

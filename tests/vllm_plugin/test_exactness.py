@@ -92,7 +92,7 @@ def test_lifetime_extrema_equal_the_merged_windows(native: Run) -> None:
     np.testing.assert_array_equal(lifetime, native.received.total()[..., : stats.NUM_EXTREMA])
 
 
-@pytest.mark.parametrize("run", ["native", "compiled"])
+@pytest.mark.parametrize("run", ["single", "compiled"])
 def test_warm_up_alone_leaves_every_statistic_empty(run: str, request: Any) -> None:
     windows = request.getfixturevalue(run).received.windows["pp0tp0"]
     early = [window for window in windows if not any(window.tokens)]

@@ -64,7 +64,12 @@ def _wrap_engine_args() -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add ``--plugin`` and the ``--maxact-*`` flags to vLLM's parser."""
     group = parser.add_argument_group("maxact", "Activation ranges of the served model, streamed to a maxact sidecar.")
-    group.add_argument("--plugin", choices=["maxact"], default=None, help="Observe the served model with maxact.")
+    group.add_argument(
+        "--plugin",
+        choices=["maxact"],
+        default=None,
+        help="Observe the served model with maxact; any of the flags below asks for it too.",
+    )
     group.add_argument(
         "--maxact-endpoint",
         metavar="ADDR",
@@ -102,15 +107,12 @@ def _checked(name: str) -> Any:
 
 
 def carry_flags(args: argparse.Namespace, engine_args: Any) -> None:
-    """Move our flags from the namespace into ``engine_args.additional_config``. Raises ValueError for orphans."""
+    """Move our flags from the namespace into ``engine_args.additional_config``. Any of them asks for maxact."""
     names = ("endpoint", "sites", "interval", "engine")
     given = {name: getattr(args, f"maxact_{name}", None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
-    if getattr(args, "plugin", None) is None:
-        if given and not asked_by_environment():
-            raise ValueError(f"--maxact-{next(iter(given))} needs --plugin maxact")
-        if not given:
-            return
+    if getattr(args, "plugin", None) is None and not given:
+        return
     already = (engine_args.additional_config or {}).get(KEY) or {}
     engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: {**already, **given}}
 
