@@ -3,14 +3,16 @@
     python scripts/demo.py [--once] [--model DIR_OR_HUB_ID] [--port 8000] [--http ADDR] [--grpc ADDR]
 
 With ``--once`` it checks itself and ends with a last line ``RESULT {"demo": "ok", ...}``: ``jump_layer`` and
-``jump_absmax`` (where the residual stream's massive activation appears and how large it is), ``largest`` (layer, site,
-absmax, phase), ``flags`` (raised), ``series`` (scraped), ``start_seconds`` (from nothing to a served model).
+``jump_absmax`` (where calm prompts show the residual stream's massive activation, and how large), ``over_published``
+(that over its published size; 0.8 to 1.25 pass), ``largest`` (layer, site, absmax, phase over all prompts), ``flags``
+(raised), ``series`` (scraped), ``start_seconds`` (to a served, compiled model), ``cold_seconds`` (the whole demo).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -20,17 +22,23 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from maxact_calibration import model as smol
 
 START_SECONDS = 900.0
 """The first start compiles the model; on two busy cores that was seen to take five minutes."""
+HEARTBEAT_SECONDS = 15.0
+"""Where no terminal shows a moving line, a new one comes this often."""
+SHOWN_PER_SITE = 3
+"""A residual stream keeps its massive activation for many layers; they would fill the table."""
 SETTLE_SECONDS = 2.5
 """Longer than one window and its way to the sidecar."""
 
@@ -66,7 +74,8 @@ class DemoError(RuntimeError):
 def main() -> None:
     """Run the demo; status 2 with a clear line where it cannot go on."""
     args = _parse()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         run(args)
     except (DemoError, smol.ModelError) as error:
@@ -94,12 +103,12 @@ def _fail(message: str) -> NoReturn:
 
 def run(args: argparse.Namespace) -> None:
     """The story: serve, calibrate, provoke, look."""
+    began = time.monotonic()
     for address in (f"127.0.0.1:{args.port}", args.http, args.grpc):
         _require_free(address)
     folder = Path(".cache/demo").resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with console.status("Converting SmolLM2-135M-Instruct (once)") if not args.model else contextlib.nullcontext():
-        model = args.model or str(smol.smollm2())
+    model = args.model or _smollm2()
     api, sidecar = f"http://127.0.0.1:{args.port}", f"http://{args.http}"
     name = args.model or smol.NAME
     with _served(model, name, args, folder) as started:
@@ -110,23 +119,37 @@ def run(args: argparse.Namespace) -> None:
         card = folder / "card.json"
         _maxact("card", sidecar, "--output", str(card))
         _maxact("card", sidecar, "--load", str(card))
-        console.print(f"[bold]2[/] {len(CALM)} calm English prompts made a calibration card: {card}")
+        console.print(f"[bold]2[/] {len(CALM)} calm English prompts made a calibration card: {os.path.relpath(card)}")
         for prompt in DIVERSE.values():
             _complete(api, name, prompt)
         time.sleep(SETTLE_SECONDS)
-        console.print(f"[bold]3[/] then came {', '.join(DIVERSE)}")
+        console.print(f"[bold]3[/] then came {', '.join(DIVERSE)}", soft_wrap=True)
         found = _look(sidecar)
         _show(found)
-        console.print(f"vLLM {api}/v1   metrics {sidecar}/metrics   page {sidecar}/", highlight=False)
+        console.print(f"vLLM {api}/v1   metrics {sidecar}/metrics   page {sidecar}/", highlight=False, soft_wrap=True)
         if args.once:
-            _check(found, is_smollm2=not args.model, started=started)
+            found |= {"card": json.loads(card.read_text())["sites"], "log": (folder / "serve.log").read_text()}
+            result = _check(found, is_smollm2=not args.model)
+            result |= {"start_seconds": round(started, 1), "cold_seconds": round(time.monotonic() - began, 1)}
+            print("RESULT " + json.dumps(result), flush=True)
             return
         console.print("Serving until Ctrl-C.")
         signal.pause()
 
 
+def _smollm2() -> str:
+    if (smol.cached_directory() / "config.json").exists():
+        return str(smol.cached_directory())
+    console.print("Converting SmolLM2-135M-Instruct, once (half a minute)")
+    return str(smol.smollm2())
+
+
 def _require_free(address: str) -> None:
+    if address.startswith("unix:"):
+        return
     host, _, port = address.rpartition(":")
+    if not (host and port.isdigit() and int(port) < 65536):
+        raise DemoError(f"{address!r} is not an address; write host:port, for example 127.0.0.1:9471")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -150,18 +173,59 @@ def _served(model: str, name: str, args: argparse.Namespace, folder: Path) -> It
     log = folder / "serve.log"
     started = time.monotonic()
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environ, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=environ, start_new_session=True, preexec_fn=_end_with_parent
+        )
     try:
-        with console.status("") as status:
+        with _Progress(f"vLLM starts and compiles {name} (log: {os.path.relpath(log)})") as progress:
             while not _answers(f"http://127.0.0.1:{args.port}/health"):
-                seconds = time.monotonic() - started
-                status.update(f"vLLM starts and compiles {name}: {seconds:.0f} s (log: {log})")
-                _require_alive(process, log, seconds)
+                _require_alive(process, log, time.monotonic() - started)
+                progress.show(_last_words(log))
                 time.sleep(0.5)
         yield time.monotonic() - started
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # nothing interrupts stopping
+        process.terminate()
+        process.wait()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class _Progress:
+    """Seconds and the last words of a long step: one moving line on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._began = self._shown = time.monotonic()
+        self._status = console.status(title)
+
+    def __enter__(self) -> _Progress:
+        self._status.__enter__()
+        if not console.is_terminal:
+            console.print(self._title, highlight=False)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._status.__exit__(*error)
+
+    def show(self, words: str) -> None:
+        """Say that it goes on."""
+        now = time.monotonic()
+        line = f"{now - self._began:.0f} s  {words[:90]}"
+        self._status.update(f"{self._title}\n  {escape(line)}")
+        if not console.is_terminal and now - self._shown >= HEARTBEAT_SECONDS:
+            self._shown = now
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _last_words(log: Path) -> str:
+    """The message of the last line vLLM logged."""
+    # Left out: vLLM's wondering that a compilation takes long.
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "] " in line and "shm_broad" not in line]
+    return lines[-1].rpartition("] ")[2] if lines else "loading programs"
 
 
 def _require_alive(process: subprocess.Popen[bytes], log: Path, seconds: float) -> None:
@@ -214,21 +278,24 @@ def _look(sidecar: str) -> dict[str, Any]:
 
 
 def _peaks(sites: Sequence[dict[str, Any]]) -> list[tuple[float, str, str, str]]:
-    """(absmax ever, layer, site, phase) of each site, largest first."""
+    """(absmax ever, layer, site, phase) of each site, largest first and, of equals, the one a token meets first."""
     peaks = []
     for site in sites:
         phases = {phase: view["absmax_high_water"] or 0.0 for phase, view in site["phases"].items()}
         phase = max(phases, key=lambda name: phases[name])
         peaks.append((phases[phase], "-" if site["layer"] is None else str(site["layer"]), site["site"], phase))
-    return sorted(peaks, reverse=True)
+    return sorted(peaks, key=lambda peak: -peak[0])
 
 
 def _show(found: dict[str, Any]) -> None:
-    table = Table(title="Largest activations", title_justify="left")
+    table = Table(title=f"Largest activations, up to {SHOWN_PER_SITE} layers of a site", title_justify="left")
     for column in ("layer", "site", "absmax", "phase"):
         table.add_column(column, justify="right" if column in ("layer", "absmax") else "left")
-    for absmax, layer, site, phase in _peaks(found["sites"])[:8]:
-        table.add_row(layer, site, f"{absmax:,.1f}", phase)
+    shown: Counter[str] = Counter()
+    for absmax, layer, site, phase in _peaks(found["sites"]):
+        shown[site] += 1
+        if shown[site] <= SHOWN_PER_SITE and len(table.rows) < 12:
+            table.add_row(layer, site, f"{absmax:,.1f}", phase)
     console.print(table)
     flags = found["flags"]
     table = Table(title=f"{len(flags)} headroom flags: traffic left the calibrated range", title_justify="left")
@@ -249,23 +316,33 @@ def _show(found: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _check(found: dict[str, Any], *, is_smollm2: bool, started: float) -> None:
-    """Raise `DemoError` where the demo did not show what it is there to show, else print RESULT."""
+def _check(found: dict[str, Any], *, is_smollm2: bool) -> dict[str, Any]:
+    """What the demo showed, as RESULT has it. Raises `DemoError` where it is not what it is there to show."""
+    if "enforce_eager=False" not in found["log"]:
+        raise DemoError("vLLM did not say that it runs compiled (enforce_eager=False)")
     absmax, layer, site, phase = _peaks(found["sites"])[0]
     result: dict[str, Any] = {"demo": "ok", "largest": [layer, site, round(absmax, 1), phase]}
     if is_smollm2:
-        hidden = {view["layer"]: view["absmax_high_water"] for view in found["sites"] if view["site"] == "hidden"}
-        jump = max((index for index in hidden if index), key=lambda index: hidden[index] / hidden[index - 1])
-        ratio = hidden[jump] / smol.JUMP_ABSMAX
-        result |= {"jump_layer": jump, "jump_absmax": round(hidden[jump], 1), "over_published": round(ratio, 3)}
-        if jump != smol.JUMP_LAYER or not 0.8 < ratio < 1.25:
-            raise DemoError(f"expected the jump to {smol.JUMP_ABSMAX} behind layer {smol.JUMP_LAYER}, saw {result}")
+        result |= _jump(found["card"])
     if not found["flags"]:
         raise DemoError("no flag fired: the diverse prompts stayed in the calibrated range")
     if found["series"] < len(found["sites"]):
         raise DemoError(f"only {found['series']} series were scraped for {len(found['sites'])} sites")
-    result |= {"flags": len(found["flags"]), "series": found["series"], "start_seconds": round(started, 1)}
-    print("RESULT " + json.dumps(result), flush=True)
+    return result | {"flags": len(found["flags"]), "series": found["series"]}
+
+
+def _jump(card: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Where the residual stream's absmax grows most from one layer to the next, against what is known of SmolLM2."""
+    hidden: dict[int, float] = {}
+    for entry in card:
+        if entry["site"] == "hidden":
+            hidden[entry["layer"]] = max(hidden.get(entry["layer"], 0.0), entry["absmax"])
+    jump = max((layer for layer in hidden if layer), key=lambda layer: hidden[layer] / hidden[layer - 1])
+    ratio = hidden[jump] / smol.JUMP_ABSMAX
+    seen = {"jump_layer": jump, "jump_absmax": round(hidden[jump], 1), "over_published": round(ratio, 3)}
+    if jump != smol.JUMP_LAYER or not 0.8 < ratio < 1.25:
+        raise DemoError(f"expected the jump to {smol.JUMP_ABSMAX:g} behind layer {smol.JUMP_LAYER}, saw {seen}")
+    return seen
 
 
 if __name__ == "__main__":
