@@ -1,4 +1,5 @@
-"""Hop 9/9: series in, panels out. Writes the committed dashboards: ``python -m grafana.build [--output DIR]``.
+"""Hop 9/9: series in, panels out. Writes the committed dashboards and the rules as a Kubernetes resource:
+``python -m grafana.build [--output DIR]``.
 
 Run from the root of the repository. The builders are typed, so a dashboard that builds has the structure Grafana reads;
 tests/grafana checks the rest (queries, metrics, layout, drift of the committed files).
@@ -29,14 +30,25 @@ def render(dashboard: Any) -> str:
     return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
+def prometheus_rule(rules: Path) -> str:
+    """The rules file as a PrometheusRule of the Prometheus operator; the text stays as it is, comments included."""
+    indented = "".join(f"  {line}" if line.strip() else line for line in rules.read_text("utf-8").splitlines(True))
+    head = "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: maxact\nspec:\n"
+    return f"# Generated from {rules.name} by grafana/build.py.\n{head}{indented}"
+
+
 def main() -> None:
-    """Write every dashboard as ``DIR/maxact-NAME.json``."""
+    """Write ``DIR/dashboards/maxact-NAME.json`` and ``DIR/rules/prometheusrule.yaml``."""
+    here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "dashboards")
+    parser.add_argument("--output", type=Path, default=here)
     output: Path = parser.parse_args().output
-    output.mkdir(parents=True, exist_ok=True)
+    for folder in ("dashboards", "rules"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
     for name, make in DASHBOARDS.items():
-        (output / f"maxact-{name}.json").write_text(render(make()), encoding="utf-8")
+        (output / f"dashboards/maxact-{name}.json").write_text(render(make()), encoding="utf-8")
+    rule = prometheus_rule(here / "rules/maxact.rules.yaml")
+    (output / "rules/prometheusrule.yaml").write_text(rule, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ def run_python(*arguments: str) -> str:
 
 def test_the_committed_files_are_what_the_code_builds(tmp_path: Path) -> None:
     run_python("-m", "grafana.build", "--output", str(tmp_path))
-    built = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    committed = {path.name: path.read_text() for path in (GRAFANA / "dashboards").iterdir()}
-    assert built == committed, "run: python -m grafana.build"
+    built = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.glob("*/*")}
+    assert built == {name: (GRAFANA / name).read_text() for name in built}, "run: make dashboards"
+    assert {name for name in built if name.endswith(".json")} == {f"dashboards/{name}.json" for name in DASHBOARDS}
 
 
 def test_the_models_of_the_sdk_read_the_committed_files() -> None:
