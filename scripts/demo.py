@@ -262,18 +262,20 @@ def _maxact(*arguments: str) -> None:
         raise DemoError(f"maxact {' '.join(arguments)}: {done.stderr.strip()}")
 
 
-def _get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=30) as response:
-        return json.loads(response.read())
+def _get(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            text: str = response.read().decode()
+            return text
+    except OSError as error:
+        raise DemoError(f"{url}: {error}") from None
 
 
 def _look(sidecar: str) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{sidecar}/metrics", timeout=30) as response:
-        series = [line for line in response.read().decode().splitlines() if line.startswith("maxact_")]
     return {
-        "sites": _get(f"{sidecar}/api/v1/sites"),
-        "flags": [flag for flag in _get(f"{sidecar}/api/v1/flags") if flag["active"]],
-        "series": len(series),
+        "sites": json.loads(_get(f"{sidecar}/api/v1/sites")),
+        "flags": [flag for flag in json.loads(_get(f"{sidecar}/api/v1/flags")) if flag["active"]],
+        "series": sum(line.startswith("maxact_") for line in _get(f"{sidecar}/metrics").splitlines()),
     }
 
 

@@ -38,3 +38,12 @@ def test_unpacked_programs_count_as_there(bare: Path) -> None:
     for name in ("prometheus", "promtool"):
         (programs / name).touch(mode=0o755)
     assert servers.missing_packages(bare / "servers") == ["chromium", "prometheus-alertmanager"]
+
+
+def test_without_root_all_that_apt_would_install_is_unpacked() -> None:
+    simulated = (
+        "Reading package lists...\nThe following NEW packages will be installed:\n  chromium libxnvctrl0\n"
+        "Inst libxnvctrl0 (525.85.05-3 Debian:12/stable [amd64])\n"
+        "Inst chromium (156.0 Debian:12/stable [amd64])\nConf libxnvctrl0 (525.85.05-3 Debian:12/stable [amd64])\n"
+    )
+    assert servers.needed(simulated) == {"chromium", "libxnvctrl0"}
