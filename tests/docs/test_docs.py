@@ -1,0 +1,99 @@
+"""The documentation: builds without a warning, and names what exists, all of it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import Metric
+from tests.grafana.assets import DASHBOARDS, RECORDED
+
+from maxact_sidecar.families import FAMILIES, SelfMetrics
+from maxact_vllm.plugin import add_flags
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-W", "error::UserWarning", "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr, done.stderr
+    return folder
+
+
+def test_the_site_builds_with_every_page(site: Path) -> None:
+    for page in PAGES:
+        assert (site / page.relative_to(DOCS)).with_suffix(".html").is_file()
+
+
+def test_reading_a_page_asks_nobody_else(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        fetched = re.findall(r'(?:src|<link[^>]* href)="(?:https?:)?//[^"]+"', page.read_text())
+        assert fetched == [], page.name
+
+
+def row(name: str, kind: str, labels: tuple[str, ...], help: str) -> str:
+    return rf"\| `{name}` \| {kind} \| {', '.join(labels)} \| [a-z ]* \| {re.escape(help)} \|"
+
+
+def test_the_metrics_page_is_the_catalogue() -> None:
+    text = (DOCS / "metrics.md").read_text()
+    rows = [row(family.name, family.type, family.labels, family.help) for family in FAMILIES]
+    metrics = SelfMetrics()
+    metrics.windows_rejected.labels(reason="x")
+    rows += [own_row(family) for family in metrics.registry.collect()]
+    for pattern in rows:
+        assert re.search(pattern, text), pattern
+    assert len(re.findall(r"^\| `maxact_", text, re.MULTILINE)) == len(rows)
+
+
+def own_row(family: Metric) -> str:
+    name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+    labels = tuple(sorted({label for sample in family.samples for label in sample.labels} - {"le"}))
+    return row(name, family.type, labels, family.documentation)
+
+
+def test_the_metrics_page_names_every_recorded_series() -> None:
+    listed = re.findall(r"^\| `(\w+:[\w:]+)` \|", (DOCS / "metrics.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(RECORDED)
+
+
+def test_every_option_of_the_sidecar_is_documented() -> None:
+    maxact = Path(sys.executable).with_name("maxact")
+    shown = subprocess.run([maxact, "sidecar", "--help"], capture_output=True, text=True, check=True).stdout
+    options = set(re.findall(r"^│ (--[a-z0-9-]+)", shown, re.MULTILINE)) - {"--help"}
+    assert options
+    assert options - documented_options() == set()
+
+
+def test_every_flag_of_the_plugin_is_documented() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    add_flags(parser)
+    flags = {option for action in parser._actions for option in action.option_strings}
+    assert flags
+    assert flags - documented_options() == set()
+
+
+def documented_options() -> set[str]:
+    return set(re.findall(r"^\| `(--[a-z0-9-]+)", (DOCS / "existing.md").read_text(), re.MULTILINE))
+
+
+def test_the_dashboards_page_names_every_dashboard() -> None:
+    text = (DOCS / "dashboards.md").read_text()
+    for name, dashboard in DASHBOARDS.items():
+        assert f"*{dashboard['title']}* (`{name}`)" in text
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "deploy/README.md"], ids=lambda page: page.name)
+def test_paths_in_the_text_exist(page: Path) -> None:
+    for path in re.findall(r"\b((?:grafana|deploy|docs)/[\w./-]+\w)", page.read_text()):
+        assert (ROOT / path).exists() or path == "docs/runbooks/NAME.md", f"{page.name} names {path}"
