@@ -21,6 +21,9 @@ MAX_STRING = 512
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
 """gRPC limit of both ends: 20,000 sites x 3 phases x (5 + 2) floats are 1.7 MB."""
 
+MAX_COUNT = 2**53
+"""Counters are float64 in the end."""
+
 _FLOAT32 = np.dtype("<f4")
 
 
@@ -132,7 +135,7 @@ def decode_layout(message: pb.Layout) -> Layout:
         model=_string("layout.model", message.model),
         engine=_string("layout.engine", message.engine),
         instance=_string("layout.instance", message.instance),
-        sites=tuple(_decode_site(index, site) for index, site in enumerate(message.sites)),
+        sites=_decode_sites(message),
         model_type=_string("layout.model_type", message.model_type),
         dtype=_string("layout.dtype", message.dtype),
         tp_rank=message.tensor_parallel_rank,
@@ -143,6 +146,16 @@ def decode_layout(message: pb.Layout) -> Layout:
         vllm_version=_string("layout.vllm_version", message.vllm_version),
         maxact_version=_string("layout.maxact_version", message.maxact_version),
     )
+
+
+def _decode_sites(message: pb.Layout) -> tuple[Site, ...]:
+    sites = tuple(_decode_site(index, site) for index, site in enumerate(message.sites))
+    known: set[tuple[int | None, str]] = set()
+    for index, site in enumerate(sites):
+        if (site.layer, site.name) in known:
+            raise WireError(f"layout.sites[{index}]", f"{site.name} of layer {site.layer} is listed twice")
+        known.add((site.layer, site.name))
+    return sites
 
 
 def _decode_site(index: int, site: pb.Site) -> Site:
@@ -184,10 +197,12 @@ def encode_window(window: Window) -> pb.StreamRequest:
 def decode_window(message: pb.Window, num_sites: int) -> Window:
     """The `Window` of a message for a layout of ``num_sites``. Arrays are read-only views of the message's bytes.
 
-    Raises `WireError` where sizes differ from the layout or a time is not finite.
+    Raises `WireError` where sizes differ from the layout, a time is not finite or a value cannot be.
     """
     if len(message.tokens) != len(stats.PHASES):
         raise WireError("window.tokens", f"{len(message.tokens)} counts for {len(stats.PHASES)} phases")
+    if max(*message.tokens, message.coalesced) > MAX_COUNT:
+        raise WireError("window.tokens", f"a count is above {MAX_COUNT}")
     if not (math.isfinite(message.start_seconds) and math.isfinite(message.end_seconds)):
         raise WireError("window.start_seconds", f"[{message.start_seconds}, {message.end_seconds}] is not a time span")
     if message.sequence == 0:
@@ -209,6 +224,8 @@ def _array(field: str, data: bytes, shape: tuple[int, ...]) -> stats.Values:
     if len(data) != expected:
         raise WireError(field, f"{len(data)} bytes, {expected} expected for shape {list(shape)}")
     array: stats.Values = np.frombuffer(data, _FLOAT32).reshape(shape)
-    if np.isnan(array).any():
-        raise WireError(field, "holds a NaN")
-    return array
+    maximum, minimum, *sums = (array.reshape(-1, shape[-1])[:, column] for column in range(shape[-1]))
+    # False for a NaN too. A sum of squares may overflow to infinity; the identities of max and min are -inf and inf.
+    if maximum.max() < np.inf and minimum.min() > -np.inf and all(column.min() >= 0 for column in sums):
+        return array
+    raise WireError(field, "holds a NaN" if np.isnan(array).any() else "holds an infinite extremum or a negative sum")

@@ -6,7 +6,6 @@ headroom meaning ``range``. It holds scalars only, no token and no text.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,15 +117,11 @@ class LoadedCard:
 def read_card(path: Path) -> Card:
     """The card in a file. Raises `CardError` naming the file and the place in it."""
     try:
-        return Card.model_validate(json.loads(path.read_bytes()))
+        return Card.model_validate_json(path.read_bytes())
     except OSError as error:
         raise CardError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         raise CardError("\n".join(f"{path}: {line}" for line in describe(error))) from None
-    except json.JSONDecodeError as error:
-        raise CardError(f"{path}: line {error.lineno} column {error.colno}: {error.msg}") from None
-    except UnicodeDecodeError:
-        raise CardError(f"{path}: is not JSON text") from None
 
 
 def build_card(snapshots: Sequence[Snapshot], *, now: float, maxact_version: str) -> Card:

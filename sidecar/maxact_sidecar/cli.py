@@ -6,16 +6,15 @@ import asyncio
 import json
 import logging
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
+from urllib.parse import urlencode
 
 import typer
 from pythonjsonlogger.json import JsonFormatter
 
 from maxact_sidecar.card import CardError, read_card
+from maxact_sidecar.client import ClientError, ask
 from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP, ConfigError, make_settings
 from maxact_sidecar.headroom import MEANINGS
 
@@ -43,6 +42,7 @@ def sidecar(
     max_series: Annotated[
         int, typer.Option(metavar="N", help="Series per scrape; more are dropped and counted.")
     ] = 200_000,
+    max_streams: Annotated[int, typer.Option(metavar="N", help="Workers served at once; more are refused.")] = 1024,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow addresses other machines can reach, unencrypted.")
     ] = False,
@@ -67,6 +67,7 @@ def sidecar(
             range_threshold=range_threshold,
             fp16_threshold=fp16_threshold,
             max_series=max_series,
+            max_streams=max_streams,
             insecure=insecure,
         )
         asyncio.run(serve(settings))
@@ -94,8 +95,8 @@ def card(
 
 
 def _save(url: str, output: Path, model: str | None, engine: str | None) -> None:
-    query = urllib.parse.urlencode({k: v for k, v in (("model", model), ("engine", engine)) if v is not None})
-    document = json.loads(_ask(url, f"/api/v1/card?{query}"))
+    query = urlencode({name: value for name, value in (("model", model), ("engine", engine)) if value is not None})
+    document = _ask(url, f"/api/v1/card?{query}")
     try:
         output.write_text(json.dumps(document, indent=1) + "\n")
     except OSError as error:
@@ -110,30 +111,15 @@ def _load(url: str, path: Path) -> None:
         body = read_card(path).model_dump_json().encode()
     except CardError as error:
         fail(str(error))
-    loaded = json.loads(_ask(url, "/api/v1/cards", body))
+    loaded = _ask(url, "/api/v1/cards", body)
     typer.echo(f"{path}: {loaded['model']}, {loaded['sites']} sites are judged against it")
 
 
-def _ask(url: str, path: str, body: bytes | None = None) -> bytes:
-    if not url.startswith(("http://", "https://")):
-        fail(f"{url!r} is not a URL; write http://127.0.0.1:9471")
-    headers = {"Content-Type": "application/json"} if body else {}
-    request = urllib.request.Request(url.rstrip("/") + path, data=body, headers=headers)
+def _ask(url: str, path: str, body: bytes | None = None) -> Any:
     try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            answer: bytes = response.read()
-            return answer
-    except urllib.error.HTTPError as error:
-        fail(f"{url}: {_detail(error)}")
-    except (urllib.error.URLError, OSError) as error:
-        fail(f"{url}: no sidecar answers there ({getattr(error, 'reason', error)})")
-
-
-def _detail(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.loads(error.read())["detail"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code}, is this a maxact sidecar?"
+        return ask(url, path, body)
+    except ClientError as error:
+        fail(str(error))
 
 
 def fail(message: str) -> NoReturn:

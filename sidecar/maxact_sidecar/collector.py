@@ -1,111 +1,30 @@
 """Hop 8/9: snapshots in, ``/metrics`` out.
 
-`FAMILIES` is the catalogue: metric names are an interface. The bulk of the series (one per site, phase and statistic)
-is rendered straight from numpy with label sets cached per site table: 50,000 series through `prometheus_client` gauges
-cost 390 ms, this way 10-25 ms. Metrics about the sidecar itself go through `prometheus_client` (`SelfMetrics`).
-A value that is not known is an absent series, never a sentinel.
+The bulk of the series (one per site, phase and statistic) is rendered straight from numpy with label sets cached per
+site table: 50,000 series through `prometheus_client` gauges cost 390 ms, this way 10-25 ms. A value that is not known
+is an absent series, never a sentinel.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 from prometheus_client import exposition as text_format
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from maxact_proto import stats
-from maxact_sidecar import __version__, merge
+from maxact_sidecar import merge
 from maxact_sidecar.card import LoadedCard
 from maxact_sidecar.config import Settings
+from maxact_sidecar.families import ENGINE, FAMILIES, JUDGED, PHASED, RANK, Family, SelfMetrics
 from maxact_sidecar.headroom import MEANINGS, Floats
 from maxact_sidecar.state import SiteKey, Snapshot
 
-SITE: Final = ("model_name", "engine", "layer", "site")
-PHASED: Final = (*SITE, "phase")
-JUDGED: Final = (*SITE, "meaning")
-RANK: Final = ("model_name", "engine", "rank")
-ENGINE: Final = ("model_name", "engine")
-
 TEXT: Final = text_format.CONTENT_TYPE_LATEST
 OPENMETRICS: Final = openmetrics.CONTENT_TYPE_LATEST
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One metric: what its series mean."""
-
-    name: str
-    type: Literal["gauge", "counter"]
-    labels: tuple[str, ...]
-    unit: str
-    help: str
-
-
-FAMILIES: Final = (
-    Family("maxact_absmax", "gauge", PHASED, "activation", "Largest magnitude over the hold horizon"),
-    Family("maxact_absmax_high_water", "gauge", PHASED, "activation", "Largest magnitude ever seen"),
-    Family("maxact_max", "gauge", PHASED, "activation", "Largest signed value over the hold horizon"),
-    Family("maxact_min", "gauge", PHASED, "activation", "Smallest signed value over the hold horizon"),
-    Family("maxact_rms", "gauge", PHASED, "activation", "Root mean square over the hold horizon"),
-    Family("maxact_mean_abs", "gauge", PHASED, "activation", "Mean magnitude over the hold horizon"),
-    Family("maxact_crest_ratio", "gauge", PHASED, "ratio", "Crest factor absmax / rms over the hold horizon"),
-    Family("maxact_nonfinite_tokens_total", "counter", PHASED, "tokens", "Token rows holding a NaN or an infinity"),
-    Family("maxact_headroom_ratio", "gauge", JUDGED, "ratio", "Limit / absmax over the hold horizon; < 1: beyond it"),
-    Family("maxact_headroom_limit", "gauge", JUDGED, "activation", "Limit that the site is judged against"),
-    Family("maxact_headroom_flag", "gauge", JUDGED, "", "1 while the headroom flag is raised, else 0"),
-    Family(
-        "maxact_headroom_flag_since_timestamp_seconds",
-        *("gauge", JUDGED, "seconds", "When the flag was raised; only while it is"),
-    ),
-    Family(
-        "maxact_headroom_threshold_ratio",
-        *("gauge", ("meaning",), "ratio", "A flag is raised when the headroom ratio falls below this"),
-    ),
-    Family("maxact_card_info", "gauge", ("model_name", "card", "bos"), "", "1 for each calibration card in use"),
-    Family("maxact_tokens_total", "counter", (*ENGINE, "phase"), "tokens", "Token rows that went through the model"),
-    Family("maxact_rank_up", "gauge", RANK, "", "1 while the worker's stream is connected, else 0"),
-    Family(
-        "maxact_rank_last_window_timestamp_seconds",
-        *("gauge", RANK, "seconds", "When the worker's last window arrived"),
-    ),
-    Family("maxact_windows_total", "counter", ENGINE, "windows", "Windows merged"),
-    Family("maxact_windows_coalesced_total", "counter", ENGINE, "windows", "Windows merged by workers while unsent"),
-    Family("maxact_engines", "gauge", (), "", "Engines whose series are shown"),
-)
-"""What is rendered here, in this order. `SelfMetrics` adds the rest."""
-
-
-class SelfMetrics:
-    """Metrics about the sidecar itself, in a registry of their own."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        registry = self.registry
-        Info("maxact_build", "Version of this sidecar", registry=registry).info({"version": __version__})
-        self.windows_rejected = Counter(
-            "maxact_windows_rejected", "Messages that broke the wire's limits", ["reason"], registry=registry
-        )
-        self.ingest_seconds = Histogram(
-            "maxact_ingest_seconds",
-            "Time to decode, merge and judge one window",
-            buckets=(5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3, 2e-2, 0.1),
-            registry=registry,
-        )
-        self.render_seconds = Histogram(
-            "maxact_render_seconds",
-            "Time to render one scrape",
-            buckets=(1e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5),
-            registry=registry,
-        )
-        self.series = Gauge("maxact_series", "Series of the last scrape, without these", registry=registry)
-        self.series_dropped = Counter(
-            "maxact_series_dropped", "Series left out of scrapes by the series cap", registry=registry
-        )
 
 
 class Collector:
@@ -122,7 +41,7 @@ class Collector:
         lines: list[str] = []
         room = self._settings.max_series
         dropped = 0
-        labels = [self._labels_of(snapshot) for snapshot in snapshots]
+        labels = self._labels_of(snapshots)
         for family in FAMILIES:
             sets, values = _flatten(self._series(family, snapshots, labels, cards))
             dropped += max(0, len(sets) - room)
@@ -139,12 +58,14 @@ class Collector:
         self._metrics.render_seconds.observe(time.perf_counter() - started)
         return body
 
-    def _labels_of(self, snapshot: Snapshot) -> _Labels:
-        key = (snapshot.model, snapshot.engine)
-        known = self._labels.get(key)
-        if known is None or known.keys is not snapshot.keys:
-            known = self._labels[key] = _Labels(snapshot)
-        return known
+    def _labels_of(self, snapshots: Sequence[Snapshot]) -> list[_Labels]:
+        known = self._labels
+        labels = [
+            old if (old := known.get((new.model, new.engine))) and old.keys is new.keys else _Labels(new)
+            for new in snapshots
+        ]
+        self._labels = {(new.model, new.engine): own for new, own in zip(snapshots, labels, strict=True)}
+        return labels
 
     def _series(
         self, family: Family, snapshots: Sequence[Snapshot], labels: list[_Labels], cards: Sequence[LoadedCard]
@@ -213,7 +134,9 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
     "maxact_headroom_ratio": lambda snapshot: snapshot.headroom_ratio,
     "maxact_headroom_limit": lambda snapshot: np.where(snapshot.judged, snapshot.limit, np.nan),
     "maxact_headroom_flag": lambda snapshot: np.where(snapshot.judged, snapshot.active, np.nan),
-    "maxact_headroom_flag_since_timestamp_seconds": lambda snapshot: np.where(snapshot.active, snapshot.since, np.nan),
+    "maxact_headroom_flag_since_timestamp_seconds": lambda snapshot: np.where(
+        snapshot.active, snapshot.flags["since"], np.nan
+    ),
 }
 """``[phases, sites]`` or ``[meanings, sites]``; what is not finite has no series."""
 

@@ -16,6 +16,7 @@ from maxact_sidecar.headroom import MEANINGS, Threshold
 
 DEFAULT_GRPC: Final = "127.0.0.1:4471"
 DEFAULT_HTTP: Final = "127.0.0.1:9471"
+_MAX_LINES: Final = 10
 
 
 class ConfigError(ValueError):
@@ -137,10 +138,12 @@ def make_settings(**values: Any) -> Settings:
 
 
 def describe(error: ValidationError) -> list[str]:
-    """One line per problem of a pydantic error: ``field[3].name: what is wrong``."""
-    lines = []
-    for problem in error.errors():
-        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
-        message = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{path}: {message}" if path else message)
-    return lines
+    """One line per problem of a pydantic error, ``field[3].name: what is wrong``; the first ten."""
+    problems = error.errors()
+    lines = [_line(problem["loc"], problem["msg"].removeprefix("Value error, ")) for problem in problems[:_MAX_LINES]]
+    return lines if len(problems) <= _MAX_LINES else [*lines, f"and {len(problems) - _MAX_LINES} more problems"]
+
+
+def _line(place: tuple[int | str, ...], message: str) -> str:
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    return f"{path}: {message}" if path else message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 
 from maxact_proto import wire
 from maxact_sidecar.card import Card, LoadedCard
@@ -16,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 class Fleet:
-    """Engines and cards. Everything here runs on the event loop; only `Engine` may be called from elsewhere."""
+    """Engines and cards. Changed on the event loop only; may be read from any thread."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -29,30 +28,49 @@ class Fleet:
         A second vLLM that serves the same model under the same engine name at the same time is an engine of its own,
         named ``engine@instance``; one that comes after the first has gone is its restart.
         """
-        label = layout.engine
-        known = self._engines.get((layout.model, label))
-        if known is not None and known.connected and known.instance != layout.instance:
-            label = f"{layout.engine}@{layout.instance}"
+        key = (layout.model, self._label(layout))
+        engine = self._engines.get(key)
+        if engine is None:
+            engine = Engine(layout, key[1], self._settings, self._limits(layout.model))
+            self._announce(engine)
+        rank = engine.attach(layout)
+        self._engines[key] = engine
+        return engine, rank
+
+    def _label(self, layout: wire.Layout) -> str:
+        alias = f"{layout.engine}@{layout.instance}"
+        named = self._engines.get((layout.model, layout.engine))
+        taken = named is not None and named.connected and named.instance != layout.instance
+        return alias if taken or (layout.model, alias) in self._engines else layout.engine
+
+    def _announce(self, engine: Engine) -> None:
+        if engine.is_alias:
             _log.warning(
                 "two live engines model=%s engine=%s: the second is shown as %s; give each its own --maxact-engine",
-                *(layout.model, layout.engine, label),
+                *(engine.model, engine.layout.engine, engine.label),
             )
-        key = (layout.model, label)
-        if key not in self._engines:
-            self._engines[key] = Engine(layout, label, self._settings, self._limits(layout.model))
-        return self._engines[key], self._engines[key].attach(layout)
+        if self._cards and engine.model not in self._cards:
+            _log.warning(
+                "no card for model=%s: its range is not judged; cards are loaded for %s, choose one with "
+                "--card MODEL=FILE",
+                *(engine.model, sorted(self._cards)),
+            )
 
     def snapshots(self, now: Instant) -> list[Snapshot]:
         """Engines that are connected or left less than the stale time ago, by model and engine."""
-        return [engine.snapshot(now) for _, engine in sorted(self._engines.items()) if not self._is_stale(engine, now)]
+        engines = [engine for _, engine in sorted(self._engines.items())]
+        return [engine.snapshot(now) for engine in engines if not self._is_stale(engine, now)]
 
     def _is_stale(self, engine: Engine, now: Instant) -> bool:
-        return engine.disconnected_at is not None and now.steady - engine.disconnected_at > self._settings.stale
+        left_at = engine.disconnected_at
+        return left_at is not None and now.steady - left_at > self._settings.stale
 
     def settle(self, now: Instant) -> None:
-        """Clear flags whose time has come, also of engines nobody looks at."""
-        for engine in self._engines.values():
+        """Clear flags whose time has come, also of engines nobody looks at; forget aliases, which never come back."""
+        for key, engine in list(self._engines.items()):
             engine.settle(now)
+            if engine.is_alias and self._is_stale(engine, now):
+                del self._engines[key]
 
     @property
     def cards(self) -> list[LoadedCard]:
@@ -76,10 +94,3 @@ class Fleet:
     def _limits(self, model: str) -> dict[SiteKey, float]:
         loaded = self._cards.get(model)
         return loaded.card.limits() if loaded else {}
-
-    def by_model(self, now: Instant) -> dict[str, list[Snapshot]]:
-        """Snapshots grouped by model."""
-        groups: dict[str, list[Snapshot]] = defaultdict(list)
-        for snapshot in self.snapshots(now):
-            groups[snapshot.model].append(snapshot)
-        return groups

@@ -15,6 +15,7 @@ Shapes: P phases, S sites, M meanings.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -47,6 +48,22 @@ MEANINGS: Final = {
     # A quarter of an octave below overflow: the next few percent of growth are not waited for.
     "fp16": Threshold(raise_below=1.25, clear_at=1.5),
 }
+"""In the order of every ``[M, ...]`` array."""
+
+FLAG: Final = np.dtype(
+    [
+        ("active", np.bool_),
+        ("since", np.float64),  # seconds since the epoch of the last raise, 0: never
+        ("raised", np.float64),  # the same moment in steady seconds
+        ("last_exceeded", np.float64),  # seconds since the epoch
+        ("absmax", np.float64),  # the worst of the episode, and what it was judged against
+        ("limit", np.float64),
+        ("threshold", np.float64),
+        ("phase", np.int64),
+    ]
+)
+"""One flag of a ``[M, S]`` table."""
+FlagTable = npt.NDArray[np.void]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,39 +101,47 @@ def ratio(limit: npt.NDArray[np.float64], absmax: Floats) -> npt.NDArray[np.floa
     return headroom
 
 
+def list_flags(table: FlagTable) -> list[Evidence]:
+    """All flags of a table ``[M, S]`` that were ever raised."""
+    return [_evidence(table, *position) for position in np.argwhere(table["since"] > 0)]
+
+
+def _evidence(table: FlagTable, meaning: int, site: int) -> Evidence:
+    flag = table[meaning, site]
+    return Evidence(
+        meaning=tuple(MEANINGS)[meaning],
+        site=int(site),
+        phase=stats.PHASES[flag["phase"]],
+        absmax=float(flag["absmax"]),
+        limit=float(flag["limit"]),
+        headroom_ratio=float(flag["limit"] / flag["absmax"]),
+        threshold=float(flag["threshold"]),
+        since=float(flag["since"]),
+        last_exceeded=float(flag["last_exceeded"]),
+        active=bool(flag["active"]),
+    )
+
+
 class Flags:
-    """The flags of one engine. Not thread-safe: the engine's lock guards it. Arrays are ``[M, S]``."""
+    """The flags of one engine. Not thread-safe: the engine's lock guards it."""
 
-    def __init__(self, thresholds: dict[str, Threshold], hold_seconds: float) -> None:
-        self._meanings = tuple(thresholds)
-        self._raise_below = np.array([[thresholds[name].raise_below] for name in self._meanings])
-        self._clear_at = np.array([[thresholds[name].clear_at] for name in self._meanings])
+    def __init__(self, thresholds: Mapping[str, Threshold], hold_seconds: float) -> None:
+        self._raise_below = np.array([[thresholds[name].raise_below] for name in MEANINGS])
+        self._clear_at = np.array([[thresholds[name].clear_at] for name in MEANINGS])
         self._hold_seconds = hold_seconds
-        self.limit = self._filled(0, np.nan)
-        self.active = np.zeros((len(self._meanings), 0), np.bool_)
-        self.since = self._filled(0, 0.0)
-        self._raised = self._filled(0, 0.0)
-        self._last_exceeded = self._filled(0, 0.0)
-        self._worst = self._filled(0, 0.0)
-        self._worst_limit = self._filled(0, 0.0)
-        self._phase = np.zeros((len(self._meanings), 0), np.intp)
-        self._ceiling = self._filled(0, np.inf)
-
-    def _filled(self, num_sites: int, value: float) -> npt.NDArray[np.float64]:
-        return np.full((len(self._meanings), num_sites), value)
+        self.limit = np.zeros((len(MEANINGS), 0))
+        self.table: FlagTable = np.zeros((len(MEANINGS), 0), FLAG)
+        self._ceiling = self.limit
 
     def set_limits(self, limit: npt.NDArray[np.float64]) -> None:
         """Judge against ``limit [M, S]`` from now on (NaN: not judged). S may grow; positions keep their meaning."""
-        self._grow(limit.shape[1])
+        grown = np.zeros(limit.shape, FLAG)
+        grown[:, : self.table.shape[1]] = self.table
         self.limit = np.where(limit > 0, limit, np.nan)
         judged = np.isfinite(self.limit)
         self._ceiling = np.where(judged, self.limit / self._raise_below, np.inf)
-        self.active &= judged
-
-    def _grow(self, num_sites: int) -> None:
-        pad = ((0, 0), (0, num_sites - self.active.shape[1]))
-        for name in ("active", "since", "_raised", "_last_exceeded", "_worst", "_worst_limit", "_phase"):
-            setattr(self, name, np.pad(getattr(self, name), pad))
+        grown["active"] &= judged
+        self.table = grown
 
     def observe(self, extrema: npt.NDArray[np.float32], index: Index, now: Instant) -> list[Evidence]:
         """Judge new values; what was raised. ``extrema`` is ``[2, P, S']``, its site k stands at ``index[k]``."""
@@ -125,51 +150,37 @@ class Flags:
         if not exceeded.any():
             return []
         meaning, local = np.nonzero(exceeded)
-        return self._record(meaning, np.arange(self.active.shape[1])[index][local], peak[:, local], now)
+        return self._record(meaning, np.arange(self.table.shape[1])[index][local], peak[:, local], now)
 
     def _record(
         self, meaning: npt.NDArray[np.intp], site: npt.NDArray[np.intp], peak: npt.NDArray[np.float32], now: Instant
     ) -> list[Evidence]:
-        fresh = ~self.active[meaning, site]
+        table = self.table
+        fresh = ~table["active"][meaning, site]
         begun = (meaning[fresh], site[fresh])
-        self.active[begun] = True
-        self.since[begun] = now.wall
-        self._raised[begun] = now.steady
-        self._worst[begun] = 0.0
-        self._last_exceeded[meaning, site] = now.wall
-        worse = peak.max(axis=0) > self._worst[meaning, site]
+        table["active"][begun] = True
+        table["since"][begun] = now.wall
+        table["raised"][begun] = now.steady
+        table["absmax"][begun] = 0.0
+        table["last_exceeded"][meaning, site] = now.wall
+        worse = peak.max(axis=0) > table["absmax"][meaning, site]
         grown = (meaning[worse], site[worse])
-        self._worst[grown] = peak.max(axis=0)[worse]
-        self._worst_limit[grown] = self.limit[grown]
-        self._phase[grown] = peak.argmax(axis=0)[worse]
-        return [self._evidence(*position) for position in zip(*begun, strict=True)]
+        table["absmax"][grown] = peak.max(axis=0)[worse]
+        table["limit"][grown] = self.limit[grown]
+        table["threshold"][grown] = self._raise_below[grown[0], 0]
+        table["phase"][grown] = peak.argmax(axis=0)[worse]
+        return [_evidence(table, *position) for position in zip(*begun, strict=True)]
+
+    def _may_clear(self, now: Instant) -> npt.NDArray[np.bool_]:
+        old_enough: npt.NDArray[np.bool_] = now.steady - self.table["raised"] >= self._hold_seconds
+        return self.table["active"] & old_enough
 
     def due(self, now: Instant) -> bool:
         """True where a flag has been up for its minimum time, so that `settle` could clear it."""
-        return bool((self.active & (now.steady - self._raised >= self._hold_seconds)).any())
+        return bool(self._may_clear(now).any())
 
     def settle(self, absmax: Floats, now: Instant) -> list[Evidence]:
         """Clear what may be cleared given ``absmax [S]`` over the hold horizon (``-inf``: no tokens); what was."""
-        old_enough = self.active & (now.steady - self._raised >= self._hold_seconds)
-        cleared = old_enough & ~(absmax > self.limit / self._clear_at)
-        self.active &= ~cleared
-        return [self._evidence(*position) for position in np.argwhere(cleared)]
-
-    def evidence(self) -> list[Evidence]:
-        """All flags that were ever raised."""
-        return [self._evidence(*position) for position in np.argwhere(self.since > 0)]
-
-    def _evidence(self, meaning: int, site: int) -> Evidence:
-        at = (meaning, site)
-        return Evidence(
-            meaning=self._meanings[meaning],
-            site=int(site),
-            phase=stats.PHASES[self._phase[at]],
-            absmax=float(self._worst[at]),
-            limit=float(self._worst_limit[at]),
-            headroom_ratio=float(self._worst_limit[at] / self._worst[at]),
-            threshold=float(self._raise_below[meaning, 0]),
-            since=float(self.since[at]),
-            last_exceeded=float(self._last_exceeded[at]),
-            active=bool(self.active[at]),
-        )
+        cleared = self._may_clear(now) & ~(absmax > self.limit / self._clear_at)
+        self.table["active"][cleared] = False
+        return [_evidence(self.table, *position) for position in np.argwhere(cleared)]

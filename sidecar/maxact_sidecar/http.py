@@ -1,4 +1,8 @@
-"""The HTTP side: metrics, health, JSON and the page. Handlers run on the event loop, beside the gRPC service."""
+"""The HTTP side: metrics, health, JSON and the page.
+
+What takes long (rendering 50,000 series, listing all sites) is a plain function, which FastAPI runs on a thread, so
+that windows go on being merged meanwhile: it works on snapshots. What changes state runs on the event loop.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from importlib import resources
 from typing import Annotated
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maxact_sidecar import __version__, api
 from maxact_sidecar.card import Card, CardError, build_card
@@ -17,7 +23,7 @@ from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.ingest import clock
 from maxact_sidecar.state import Snapshot
 
-_MAX_CARD_BYTES = 64 * 1024 * 1024
+_MAX_BODY_BYTES = 64 * 1024 * 1024
 """20,000 sites x 3 phases of a card are about 15 MB."""
 
 _PAGE_HEADERS = {
@@ -34,6 +40,8 @@ Engine = Annotated[str | None, Query(description="Engine name; all engines of th
 def make_app(fleet: Fleet, collector: Collector) -> FastAPI:
     """The application."""
     app = FastAPI(title="maxact sidecar", version=__version__, docs_url=None, redoc_url=None)
+    app.add_middleware(_BodyLimit)
+    app.add_exception_handler(RequestValidationError, _explain)
     page = resources.files("maxact_sidecar").joinpath("page/index.html").read_text()
 
     @app.get("/", include_in_schema=False)
@@ -41,7 +49,7 @@ def make_app(fleet: Fleet, collector: Collector) -> FastAPI:
         return HTMLResponse(page, headers=_PAGE_HEADERS)
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics(request: Request) -> Response:
+    def metrics(request: Request) -> Response:
         """Prometheus text format, or OpenMetrics where the client accepts it."""
         as_openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
         body = collector.render(fleet.snapshots(clock()), fleet.cards, as_openmetrics=as_openmetrics)
@@ -67,17 +75,17 @@ def make_app(fleet: Fleet, collector: Collector) -> FastAPI:
 
 def _add_api(app: FastAPI, fleet: Fleet) -> None:
     @app.get("/api/v1/models")
-    async def models() -> list[api.ModelView]:
+    def models() -> list[api.ModelView]:
         """Served models, their engines and ranks."""
         return api.view_models(fleet.snapshots(clock()), fleet.cards)
 
     @app.get("/api/v1/sites")
-    async def sites(model: Model = None, engine: Engine = None) -> list[api.SiteView]:
+    def sites(model: Model = None, engine: Engine = None) -> list[api.SiteView]:
         """Statistics and headroom of every site."""
         return api.view_sites(_select(fleet, model, engine))
 
     @app.get("/api/v1/flags")
-    async def flags() -> list[api.FlagView]:
+    def flags() -> list[api.FlagView]:
         """Headroom flags, raised ones first."""
         return api.view_flags(fleet.snapshots(clock()))
 
@@ -87,17 +95,15 @@ def _add_api(app: FastAPI, fleet: Fleet) -> None:
         return [api.view_card(card) for card in fleet.cards]
 
     @app.post("/api/v1/cards", status_code=201, responses={413: {"description": "Card too large"}})
-    async def use_card(card: Card, request: Request) -> api.CardView:
+    async def use_card(card: Card) -> api.CardView:
         """Judge ``range`` against this card; it replaces the card of the same model."""
-        if int(request.headers.get("content-length", 0)) > _MAX_CARD_BYTES:
-            raise HTTPException(413, f"a card has at most {_MAX_CARD_BYTES} bytes")
         return api.view_card(fleet.use_card(card, clock(), name=card.model))
 
     @app.get(
         "/api/v1/card",
         responses={404: {"description": "No such model or engine"}, 409: {"description": "No tokens, or ambiguous"}},
     )
-    async def card(model: Model = None, engine: Engine = None) -> Card:
+    def card(model: Model = None, engine: Engine = None) -> Card:
         """Everything seen since the workers started, as a calibration card."""
         return _live_card(fleet, model, engine)
 
@@ -123,3 +129,31 @@ def _select(fleet: Fleet, model: str | None, engine: str | None) -> list[Snapsho
         for snapshot in fleet.snapshots(clock())
         if model in (None, snapshot.model) and engine in (None, snapshot.engine)
     ]
+
+
+class _BodyLimit:
+    """Refuses a body that is, or turns out to be, larger than any card, before all of it is in memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        num_bytes = 0
+
+        async def receive_some() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > _MAX_BODY_BYTES:
+                raise HTTPException(413, f"a card has at most {_MAX_BODY_BYTES} bytes")
+            return message
+
+        await self._app(scope, receive_some, send)
+
+
+async def _explain(_: Request, error: Exception) -> JSONResponse:
+    """422 with what is wrong where; the input is not sent back, it may be megabytes or not even JSON (a NaN)."""
+    assert isinstance(error, RequestValidationError)
+    problems = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
+    return JSONResponse({"detail": problems}, 422)

@@ -1,7 +1,8 @@
 """Hop 7/9: the gRPC service: a layout opens a stream, windows come in, each is merged and judged, then acknowledged.
 
 A window is acknowledged after it was merged, never before: what a worker has not seen acknowledged it keeps. A message
-that breaks a limit of the wire ends its stream with INVALID_ARGUMENT and is counted by field.
+that breaks a limit of the wire ends its stream with INVALID_ARGUMENT and is counted by field. Where a worker opens a
+second stream, the first is dead: nothing that still comes out of it is merged, or the resent window would count twice.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from dataclasses import replace
+from typing import Any, Final
 
 import grpc
 
 from maxact_proto import wire
 from maxact_proto.v1 import telemetry_pb2 as pb
 from maxact_proto.v1 import telemetry_pb2_grpc
-from maxact_sidecar.collector import SelfMetrics
-from maxact_sidecar.config import ConfigError, Settings
+from maxact_sidecar.config import Address, ConfigError, Settings
+from maxact_sidecar.families import SelfMetrics
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.headroom import Instant
 from maxact_sidecar.merge import RankState
@@ -44,6 +46,7 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
     async def Stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         """One worker, from its layout to its end."""
         if self._num_streams >= self._max_streams:
+            self._metrics.windows_rejected.labels("max_streams").inc()
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_streams} streams are served already")
         self._num_streams += 1
         try:
@@ -61,6 +64,7 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
         if layout is None:
             return
         engine, rank = self._fleet.attach(layout)
+        generation = rank.generation
         layout_id, self._next_layout_id = self._next_layout_id, self._next_layout_id + 1
         _log.info(
             "worker connected model=%s engine=%s rank=%s sites=%d vllm=%s",
@@ -71,6 +75,8 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
                 layout_accepted=pb.LayoutAccepted(layout_id=layout_id, last_sequence=rank.last_sequence)
             )
             async for request in requests:
+                if rank.generation != generation:
+                    return
                 yield self._merge(request, layout_id, engine, rank)
         finally:
             engine.detach(rank, clock())
@@ -94,20 +100,24 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
         return pb.StreamResponse(window_ack=pb.WindowAck(sequence=window.sequence))
 
 
-async def start_server(telemetry: Telemetry, settings: Settings) -> Any:
-    """The gRPC server, listening. Raises `ConfigError` where the address cannot be had."""
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
-            ("grpc.so_reuseport", 0),  # a second sidecar on the same port must fail, not share it in silence
-        ],
-    )
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a second sidecar on the same port must fail, not share it in silence
+    # A worker whose machine vanished closes nothing: ask, so that it counts as gone within 40 s.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+async def start_server(telemetry: Telemetry, address: Address) -> tuple[Any, Address]:
+    """The gRPC server and where it listens. Raises `ConfigError` where the address cannot be had."""
+    server = grpc.aio.server(options=_OPTIONS)
     telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(telemetry, server)  # type: ignore[no-untyped-call]
     try:
-        port = server.add_insecure_port(str(settings.grpc))
+        port = server.add_insecure_port(str(address))
     except RuntimeError:
         port = 0
     if not port:
-        raise ConfigError(f"grpc: cannot listen on {settings.grpc}: is another sidecar running there?")
+        raise ConfigError(f"grpc: cannot listen on {address}: is another sidecar running there?")
     await server.start()
-    return server
+    return server, address if address.path else replace(address, port=port)

@@ -96,6 +96,9 @@ class RankState:
         self.widths = np.array([site.width for site in layout.sites], np.float64)
         self.sharded = np.array([site.sharded for site in layout.sites])
         self.streams = 0
+        """How many are open."""
+        self.generation = 0
+        """How many were opened: only the newest may merge."""
         self.last_sequence = 0
         self.last_window_seconds: float | None = None
         self.windows = 0

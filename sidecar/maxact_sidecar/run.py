@@ -10,20 +10,23 @@ import signal
 import socket
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from maxact_sidecar.card import read_card
-from maxact_sidecar.collector import Collector, SelfMetrics
+from maxact_sidecar.collector import Collector
 from maxact_sidecar.config import Address, ConfigError, Settings
+from maxact_sidecar.families import SelfMetrics
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.http import make_app
 from maxact_sidecar.ingest import Telemetry, clock, start_server
 
 _SETTLE_SECONDS = 1.0
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 0.5
+"""For the window being merged: streams of workers never end by themselves, and what is not acknowledged comes again."""
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +40,12 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    with _listening(settings.http) as listener, _private_socket(settings.grpc):
-        grpc_server = await start_server(Telemetry(fleet, settings, metrics), settings)
+    with _listening(settings.http) as (listener, http), _private_socket(settings.grpc):
+        grpc_server, grpc = await start_server(Telemetry(fleet, settings, metrics), settings.grpc)
         http_server = _HttpServer(make_app(fleet, Collector(settings, metrics)))
         http_task = asyncio.create_task(http_server.serve(sockets=[listener]))
         settle_task = asyncio.create_task(_settle(fleet))
-        _log.info("sidecar ready grpc=%s page=%s metrics=%s", settings.grpc, *_urls(settings.http))
+        _log.info("sidecar ready grpc=%s page=%s metrics=%s", grpc, *_urls(http))
         await stop.wait()
         _log.info("sidecar stopping")
         settle_task.cancel()
@@ -68,7 +71,8 @@ class _HttpServer(uvicorn.Server):
             access_log=False,
             lifespan="off",
             limit_concurrency=256,
-            timeout_graceful_shutdown=int(_GRACE_SECONDS),
+            timeout_graceful_shutdown=1,
+            server_header=False,
         )
         super().__init__(config)
 
@@ -78,27 +82,26 @@ class _HttpServer(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _listening(address: Address) -> Iterator[socket.socket]:
-    """A bound socket for the HTTP server. Raises `ConfigError` where the address cannot be had."""
+def _listening(address: Address) -> Iterator[tuple[socket.socket, Address]]:
+    """A listening socket for the HTTP server, and where it is. Raises `ConfigError` where it cannot be had."""
     with _private_socket(address):
         try:
-            if address.path:
-                listener = socket.socket(socket.AF_UNIX)
-                listener.bind(address.path)
-            else:
-                listener = _bind(address)
+            listener = _listen(address)
         except OSError as error:
-            raise ConfigError(f"http: cannot listen on {address}: {error.strerror}") from None
+            reason = str(error.strerror).partition(" (")[0]
+            raise ConfigError(f"http: cannot listen on {address}: {reason}") from None
         with listener:
-            yield listener
+            yield listener, address if address.path else replace(address, port=listener.getsockname()[1])
 
 
-def _bind(address: Address) -> socket.socket:
+def _listen(address: Address) -> socket.socket:
+    if address.path:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(address.path)
+        listener.listen()
+        return listener
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listener = socket.socket(family)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((address.host, address.port))
-    return listener
+    return socket.create_server((address.host, address.port), family=family)
 
 
 @contextlib.contextmanager

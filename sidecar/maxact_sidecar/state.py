@@ -69,11 +69,8 @@ class Snapshot:
     ranks: tuple[RankSnapshot, ...]
     limit: npt.NDArray[np.float64]
     """``[M, S]``: NaN where not judged."""
-    active: npt.NDArray[np.bool_]
-    """``[M, S]``: raised flags."""
-    since: npt.NDArray[np.float64]
-    """``[M, S]``: seconds since the epoch of the last raise, 0 for never."""
-    evidence: tuple[Evidence, ...]
+    flags: headroom.FlagTable
+    """``[M, S]``."""
 
     @property
     def absmax(self) -> npt.NDArray[np.float32]:
@@ -84,6 +81,17 @@ class Snapshot:
     def headroom_ratio(self) -> npt.NDArray[np.float64]:
         """``[M, S]``: limit / absmax over the hold horizon; NaN where not judged or without tokens."""
         return headroom.ratio(self.limit, self.absmax)
+
+    @property
+    def active(self) -> npt.NDArray[np.bool_]:
+        """``[M, S]``: raised flags."""
+        raised: npt.NDArray[np.bool_] = self.flags["active"]
+        return raised
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """Flags that were ever raised."""
+        return headroom.list_flags(self.flags)
 
     @property
     def judged(self) -> npt.NDArray[np.bool_]:
@@ -126,6 +134,11 @@ class Engine:
         self._windows = self._coalesced = 0
 
     @property
+    def is_alias(self) -> bool:
+        """True where the engine's own name was taken when it came."""
+        return self.label != self.layout.engine
+
+    @property
     def connected(self) -> bool:
         """True while a rank has a stream."""
         return self.disconnected_at is None
@@ -143,6 +156,7 @@ class Engine:
             elif rank.layout.sites != layout.sites:
                 raise wire.WireError("layout.sites", f"differ from what {layout.rank} of this instance sent before")
             rank.streams += 1
+            rank.generation += 1
             self.disconnected_at = None
         return rank
 
@@ -150,8 +164,9 @@ class Engine:
         """Keep counters and marks of the workers that are gone, drop the rest."""
         total = self._merge(hold=False)
         self._high_water = np.maximum(self._high_water, np.maximum(total.extrema[stats.MAX], -total.extrema[stats.MIN]))
-        self._nonfinite += total.sums[merge.NONFINITE]
-        self._tokens += self._worker_tokens()
+        # New arrays: a snapshot may still hold the old ones.
+        self._nonfinite = self._nonfinite + total.sums[merge.NONFINITE]
+        self._tokens = self._tokens + self._worker_tokens()
         self._ranks.clear()
         self.instance = layout.instance
         self.layout = layout
@@ -186,7 +201,7 @@ class Engine:
     def _set_limits(self) -> None:
         num_sites = len(self._positions)
         of_card = [self._range_limits.get(key, np.nan) for key in self._positions]
-        self._flags.set_limits(np.array([of_card, [FP16_LIMIT] * num_sites]).reshape(2, num_sites))
+        self._flags.set_limits(np.array([of_card, [FP16_LIMIT] * num_sites]))
 
     def set_range_limits(self, limits: Mapping[SiteKey, float], now: Instant) -> None:
         """Judge ``range`` against these from now on, what is in the hold horizon included."""
@@ -250,9 +265,7 @@ class Engine:
                 coalesced=self._coalesced,
                 ranks=tuple(_rank_snapshot(rank) for rank in ranks),
                 limit=flags.limit,
-                active=flags.active.copy(),
-                since=flags.since.copy(),
-                evidence=tuple(flags.evidence()),
+                flags=flags.table.copy(),
             )
         return _merged(parts, holds, totals)
 

@@ -17,3 +17,8 @@ def test_generated_code_equals_what_is_checked_in(tmp_path: Path) -> None:
     assert len(made) == 3
     for path in made:
         assert (tmp_path / path).read_text() == (PROTOS / path).read_text(), f"{path}: run make proto"
+
+
+def test_the_protocol_keeps_the_rules_of_buf() -> None:
+    linted = subprocess.run([Path(sys.executable).with_name("buf"), "lint"], cwd=PROTOS.parent, capture_output=True)
+    assert (linted.returncode, linted.stdout + linted.stderr) == (0, b"")

@@ -77,6 +77,13 @@ def test_an_unknown_site_is_refused_with_its_position() -> None:
         wire.decode_layout(message)
 
 
+def test_a_site_that_is_listed_twice_is_refused() -> None:
+    message = broken_layout()
+    message.sites.append(message.sites[1])
+    with pytest.raises(wire.WireError, match=r"layout\.sites\[3\]: hidden of layer 0 is listed twice"):
+        wire.decode_layout(message)
+
+
 def test_another_table_of_statistics_is_refused_and_says_what_to_do() -> None:
     message = broken_layout()
     del message.stats[0]
@@ -107,3 +114,26 @@ def test_a_nan_never_enters_the_statistics() -> None:
     own.values[0, 0, stats.SUM_ABS] = np.nan
     with pytest.raises(wire.WireError, match=r"window\.values: holds a NaN"):
         wire.decode_window(wire.encode_window(own).window, len(SITES))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [(stats.MAX, np.inf), (stats.MIN, -np.inf), (stats.SUM_ABS, -1.0), (stats.NONFINITE, -1.0)],
+)
+def test_a_value_no_activation_can_have_is_refused(column: int, value: float) -> None:
+    own = window(1, 1.0)
+    own.values[0, 0, column] = value
+    with pytest.raises(wire.WireError, match=r"window\.values: holds an infinite extremum or a negative sum"):
+        wire.decode_window(wire.encode_window(own).window, len(SITES))
+
+
+def test_a_sum_of_squares_may_overflow() -> None:
+    own = window(1, 1.0)
+    own.values[0, 0, stats.SUM_SQUARES] = np.inf
+    assert wire.decode_window(wire.encode_window(own).window, len(SITES)).values[0, 0, stats.SUM_SQUARES] == np.inf
+
+
+@pytest.mark.parametrize("changes", [{"tokens": (0, 2**60, 0)}, {"coalesced": 2**60}])
+def test_a_count_no_counter_can_hold_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(wire.WireError, match=r"window\.tokens: a count is above"):
+        wire.decode_window(wire.encode_window(window(1, 1.0, **changes)).window, len(SITES))

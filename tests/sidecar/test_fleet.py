@@ -154,6 +154,39 @@ def test_two_live_engines_of_one_name_do_not_mix(caplog: pytest.LogCaptureFixtur
     assert "--maxact-engine" in caplog.text
 
 
+def test_an_engine_shown_under_an_alias_keeps_it_while_it_lives_and_is_forgotten_afterwards() -> None:
+    fleet = make(stale=60.0)
+    first = Rank(fleet)
+    second = Rank(fleet, instance="second")
+    second.send(0, 2.0)
+    first.leave(1)
+    second.leave(2)
+    again = Rank(fleet, instance="second")
+    assert (again.engine.label, again.state.last_sequence) == ("0@second", 1)
+    again.leave(3)
+    fleet.settle(at(64))
+    assert Rank(fleet, instance="second").engine.label == "0"
+
+
+def test_a_window_overtaken_by_its_successor_is_dropped() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    assert rank.engine.merge_window(rank.state, window(2, 2.0), at(0))
+    assert not rank.engine.merge_window(rank.state, window(1, 9.0), at(0))
+    assert only(fleet, 1).absmax[0] == 2.0
+
+
+def test_a_wall_clock_that_jumps_back_neither_hides_values_nor_clears_flags() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    rank.send(0, 6e4)
+    back = Instant(at(1).wall - 3600, at(1).steady)
+    rank.engine.merge_window(rank.state, window(2, 1.0), back)
+    [snapshot] = fleet.snapshots(back)
+    assert snapshot.absmax[0] == 6e4
+    assert snapshot.active[FP16].all()
+
+
 def test_a_gone_engine_disappears_after_the_stale_time_and_returns_with_its_marks() -> None:
     fleet = make(stale=60.0)
     rank = Rank(fleet)
@@ -237,6 +270,37 @@ def test_a_card_for_another_model_changes_nothing_and_says_so(caplog: pytest.Log
     rank.send(2, 1000.0)
     assert not only(fleet, 2).active.any()
     assert "which nobody serves here" in caplog.text
+
+
+def test_an_engine_no_loaded_card_is_for_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    rank.send(0, 10.0)
+    fleet.use_card(card_of(fleet, 0), at(1), name="calm")
+    Rank(fleet, model="another/model")
+    assert "no card for model=another/model: its range is not judged" in caplog.text
+    assert "--card MODEL=FILE" in caplog.text
+
+
+def test_a_card_under_another_name_is_used_where_it_is_said_to_fit() -> None:
+    fleet = make()
+    rank = Rank(fleet, model="served-as")
+    rank.send(0, 10.0)
+    card = card_of(fleet, 0).model_copy(update={"model": "hub/name"})
+    fleet.use_card(card, at(1), name="calm", served_model="served-as")
+    rank.send(2, 40.0)
+    assert only(fleet, 2).active[RANGE].all()
+
+
+def test_a_flag_of_a_replaced_card_goes_with_the_card() -> None:
+    fleet = make(flag_hold=0.0, hold=4.0)
+    rank = Rank(fleet)
+    rank.send(0, 10.0)
+    fleet.use_card(card_of(fleet, 0), at(0), name="calm")
+    rank.send(1, 40.0)
+    assert only(fleet, 1).active[RANGE].all()
+    fleet.use_card(card_of(fleet, 1), at(1), name="wide")
+    assert not only(fleet, 2).active.any()
 
 
 def test_a_card_holds_extrema_and_sums_of_all_engines() -> None:

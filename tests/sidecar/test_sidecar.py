@@ -9,7 +9,9 @@ import signal
 import socket
 import stat
 import subprocess
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from workers import MODEL, Worker, layout, window
 
-from maxact_sidecar.collector import FAMILIES, PHASED
+from maxact_sidecar.families import FAMILIES, PHASED
 
 GOLDEN = Path(__file__).with_name("metrics.txt")
 
@@ -222,7 +224,7 @@ def test_bad_settings_end_with_one_line_that_names_the_field(arguments: tuple[st
 def test_a_card_that_is_no_json_is_refused_with_line_and_column(tmp_path: Path) -> None:
     path = tmp_path / "card.json"
     path.write_text('{"schema": 1,\n oops}')
-    assert f"{path}: line 2 column 2" in sidecar_error("--card", str(path))
+    assert f"{path}: Invalid JSON: key must be a string at line 2 column 2" in sidecar_error("--card", str(path))
 
 
 @pytest.mark.parametrize("which", ["grpc", "http"])
@@ -248,6 +250,73 @@ def test_unix_sockets_are_private_and_gone_afterwards(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
     assert not any(path.exists() for path in own)
+
+
+def test_ports_left_to_the_system_are_named_in_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [program("maxact"), "sidecar", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    with log.open("wb") as file, subprocess.Popen(command, stderr=file) as process:
+        wait_for(lambda: "sidecar ready" in log.read_text(), 20)
+        message = json.loads(log.read_text().splitlines()[0])["message"]
+        found = dict(part.split("=", 1) for part in message.split()[2:])
+        worker = Worker(found["grpc"])
+        worker.send(1.0)
+        assert "maxact_absmax" in httpx.get(found["metrics"]).text
+        worker.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
+
+
+def test_series_of_an_engine_that_left_vanish(tmp_path: Path) -> None:
+    sidecar = Sidecar(tmp_path / "log", "--stale", "0.5")
+    try:
+        worker = sidecar.connect()
+        worker.send(1.0)
+        assert 'engine="0"' in sidecar.scrape()
+        worker.close()
+        wait_for(lambda: 'engine="0"' not in sidecar.scrape(), 10)
+    finally:
+        sidecar.stop()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:1", "no sidecar answers there (Connection refused)"),
+        ("unix:/nowhere/socket", "no sidecar answers there (No such file or directory)"),
+        ("127.0.0.1:9471", "is not a URL"),
+        ("ftp://127.0.0.1", "is not a URL"),
+    ],
+)
+def test_a_sidecar_that_is_not_there_is_one_clear_line(url: str, message: str, tmp_path: Path) -> None:
+    failed = maxact("card", url, "--output", str(tmp_path / "card.json"))
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith(f"error: {url}: {message}")
+    assert failed.stderr.count("\n") == 1
+
+
+def test_something_else_at_the_address_is_named_as_such(sidecar: Sidecar, tmp_path: Path) -> None:
+    card = str(tmp_path / "card.json")
+    assert "no sidecar answers there" in maxact("card", f"http://{sidecar.grpc}", "--output", card).stderr
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever).start()
+        failed = maxact("card", f"http://127.0.0.1:{other.server_port}", "--output", card)
+        other.shutdown()
+    assert "HTTP 501, is this a maxact sidecar?" in failed.stderr
+
+
+def test_a_card_is_saved_through_a_unix_socket(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path / 'http.sock'}"
+    command = [program("maxact"), "sidecar", "--grpc", f"unix:{tmp_path / 'grpc.sock'}", "--http", address]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: (tmp_path / "grpc.sock").exists(), 20)
+        worker = Worker(f"unix:{tmp_path / 'grpc.sock'}")
+        worker.send(5.0)
+        saved = maxact("card", address, "--output", str(tmp_path / "card.json"))
+        assert saved.stdout.endswith("3 sites, 4 tokens\n"), saved.stderr
+        worker.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
 
 
 def test_it_stops_within_seconds_with_a_worker_connected(sidecar: Sidecar) -> None:
