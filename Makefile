@@ -1,7 +1,7 @@
 # Everything works on a fresh checkout: `demo` and `test` set up .venv first and reuse it while nothing changed.
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3.12),python3)
 BIN := .venv/bin
-export PATH := $(CURDIR)/.venv/bin:$(CURDIR)/.venv/servers/usr/bin:$(PATH)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check setup proto dashboards bench-overhead clean

@@ -36,7 +36,7 @@ LD_LIBRARY_PATH="{libraries}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}" exec "{root
 def supply(venv: Path) -> None:
     """Bring in what is missing. Raises `SetupError` with ``CI`` set and something still missing."""
     unpacked = venv / "servers"
-    missing = missing_packages(unpacked)
+    missing = missing_packages(venv)
     if missing and shutil.which("apt-get"):
         reporter = Reporter(len(missing), venv / "setup.log")
         for package in missing:
@@ -46,16 +46,18 @@ def supply(venv: Path) -> None:
                 reporter.end()
             except SetupError as error:
                 print(f"      {package}: {error} (details in .venv/setup.log)", file=sys.stderr, flush=True)
-        missing = missing_packages(unpacked)
+        _link(unpacked, venv / "bin")
+        shutil.rmtree(unpacked / "apt", ignore_errors=True)
+        missing = missing_packages(venv)
     if missing and os.environ.get("CI"):
         raise SetupError(f"CI runs every test, but these Debian packages are missing: {', '.join(missing)}")
     if missing:
         print(f"tests that need {', '.join(missing)} will be skipped: not found here", file=sys.stderr, flush=True)
 
 
-def missing_packages(unpacked: Path) -> List[str]:
-    """Packages of which a program is neither on the path nor unpacked."""
-    path = f"{unpacked / 'usr/bin'}{os.pathsep}{os.environ.get('PATH', '')}"
+def missing_packages(venv: Path) -> List[str]:
+    """Packages of which a program is neither on the path nor in `.venv`."""
+    path = f"{venv / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
     return sorted({package for program, package in PACKAGES.items() if not shutil.which(program, path=path)})
 
 
@@ -101,6 +103,14 @@ def _unpack(reporter: Reporter, apt: List[str], packages: Set[str], target: Path
     for archive in sorted(archives.glob("*.deb")):
         reporter.run(["dpkg", "-x", str(archive), str(target)])
     shutil.rmtree(archives)
+
+
+def _link(unpacked: Path, programs: Path) -> None:
+    """Unpacked programs beside those of `.venv`, without the others that came along."""
+    for name in PACKAGES:
+        source, link = unpacked / "usr/bin" / name, programs / name
+        if source.exists() and not link.exists():
+            link.symlink_to(source)
 
 
 def _wrap_chromium(root: Path) -> None:
