@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check setup proto dashboards bench-overhead clean
+.PHONY: help demo test check setup proto dashboards e2e-alert bench-overhead clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -32,6 +32,9 @@ proto: setup ## generate protos/maxact_proto/v1/*_pb2* from telemetry.proto
 
 dashboards: setup ## generate grafana/dashboards/*.json
 	$(BIN)/python -W ignore::DeprecationWarning -m grafana.build
+
+e2e-alert: setup ## from a prompt to a notification: vLLM, sidecar, Prometheus, Alertmanager, webhook
+	PYTHONPATH=. $(BIN)/python scripts/e2e_alert.py
 
 bench-overhead: setup ## cost of observing on this machine; ARGS= for benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_overhead.py --model "$$($(BIN)/python -c \

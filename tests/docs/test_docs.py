@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from grafana.assets import DASHBOARDS, RECORDED
 from prometheus_client import Metric
-from tests.grafana.assets import DASHBOARDS, RECORDED
 
 from maxact_sidecar.families import FAMILIES, SelfMetrics
 from maxact_vllm.plugin import add_flags

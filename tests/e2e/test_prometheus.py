@@ -6,7 +6,6 @@ traffic resolves it; a second spike is followed by the death of the sidecar.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -15,15 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import grpc
 import pytest
+import watchers
+from grafana.assets import ALERTS, RECORDED, all_queries
 from processes import Sidecar, wait_for
-from tests.e2e import live
-from tests.grafana.assets import ALERTS, RECORDED, all_queries
 from workers import WIDTH, Worker, layout
 
 from maxact_proto import stats, wire
-from maxact_proto.v1 import telemetry_pb2_grpc
 from maxact_sidecar.state import SiteKey
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
@@ -69,14 +66,6 @@ def send(worker: Worker, planted: dict[SiteKey, float]) -> None:
     worker.send(0, values=values, lifetime=values[..., : stats.NUM_EXTREMA].copy(), tokens=tokens)
 
 
-def send_foreign_layout(sidecar: Sidecar) -> None:
-    """Connect as a worker of another version: the sidecar refuses the stream."""
-    message = wire.encode_layout(layout())
-    message.layout.stats.append("a statistic of tomorrow")
-    with grpc.insecure_channel(sidecar.grpc) as channel, contextlib.suppress(grpc.RpcError):
-        list(telemetry_pb2_grpc.TelemetryServiceStub(channel).Stream(iter([message])))
-
-
 class Traffic:
     """Sends a window every `INTERVAL` seconds until stopped; what is planted goes into the next one."""
 
@@ -110,18 +99,19 @@ class Traffic:
 
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    live.need_programs()
+    if missing := watchers.missing_programs():
+        pytest.skip(f"not installed: {', '.join(missing)}")
     with ExitStack() as stack:
         yield tell(tmp_path_factory.mktemp("live"), stack)
 
 
 def tell(folder: Path, stack: ExitStack) -> Story:
     seen = Story()
-    webhook = stack.enter_context(live.run_webhook())
-    alertmanager = stack.enter_context(live.run_alertmanager(folder, webhook))
+    webhook = stack.enter_context(watchers.run_webhook())
+    alertmanager = stack.enter_context(watchers.run_alertmanager(folder, webhook))
     sidecar = Sidecar(folder / "sidecar.log", "--hold", "4", "--flag-hold", "6")
     stack.callback(sidecar.stop)
-    prometheus = stack.enter_context(live.run_prometheus(folder, target=sidecar.http, alertmanager=alertmanager))
+    prometheus = stack.enter_context(watchers.run_prometheus(folder, target=sidecar.http, alertmanager=alertmanager))
     sites = tuple(wire.Site(layer=layer, name=name, width=WIDTH, sharded=False) for layer, name in SITES)
     traffic = Traffic(sidecar.connect(layout(model=MODEL, sites=sites)))
     stack.callback(traffic.stop)
@@ -133,13 +123,13 @@ def tell(folder: Path, stack: ExitStack) -> Story:
     return seen
 
 
-def flags(prometheus: live.Prometheus) -> list[dict[str, Any]]:
+def flags(prometheus: watchers.Prometheus) -> list[dict[str, Any]]:
     return prometheus.query('maxact_headroom_flag{meaning="range"} == 1')
 
 
-def stay_calm(seen: Story, sidecar: Sidecar, prometheus: live.Prometheus) -> None:
+def stay_calm(seen: Story, sidecar: Sidecar, prometheus: watchers.Prometheus) -> None:
     wait_for(lambda: prometheus.query("maxact_absmax"), 20)
-    send_foreign_layout(sidecar)
+    watchers.send_foreign_layout(sidecar.grpc)
     sidecar.use_live_state_as_card()
     judged = 'maxact_headroom_flag{meaning="range"}'
     wait_for(lambda: prometheus.query(judged), 20)
@@ -147,7 +137,7 @@ def stay_calm(seen: Story, sidecar: Sidecar, prometheus: live.Prometheus) -> Non
     seen.silent = prometheus.firing()
 
 
-def leave_the_range(seen: Story, traffic: Traffic, prometheus: live.Prometheus, webhook: live.Webhook) -> None:
+def leave_the_range(seen: Story, traffic: Traffic, prometheus: watchers.Prometheus, webhook: watchers.Webhook) -> None:
     spike = traffic.plant(SPIKE)
     wait_for(lambda: flags(prometheus), 10)
     seen.metric_seconds = time.monotonic() - spike
@@ -158,7 +148,7 @@ def leave_the_range(seen: Story, traffic: Traffic, prometheus: live.Prometheus, 
     seen.notification_seconds = seen.notified[0]["received"] - spike
 
 
-def ask_everything(seen: Story, prometheus: live.Prometheus) -> None:
+def ask_everything(seen: Story, prometheus: watchers.Prometheus) -> None:
     for query in all_queries():
         seen.num_queries += 1
         if not prometheus.query_range(query.runnable):
@@ -174,7 +164,7 @@ def ask_everything(seen: Story, prometheus: live.Prometheus) -> None:
     ]
 
 
-def calm_down(seen: Story, prometheus: live.Prometheus, webhook: live.Webhook) -> None:
+def calm_down(seen: Story, prometheus: watchers.Prometheus, webhook: watchers.Webhook) -> None:
     wait_for(lambda: not flags(prometheus), 30)
     wait_for(lambda: not prometheus.firing(), 10)
     seen.resolved = prometheus.firing()
@@ -182,7 +172,7 @@ def calm_down(seen: Story, prometheus: live.Prometheus, webhook: live.Webhook) -
     seen.resolution = webhook.find("MaxactRangeExceeded", "resolved")
 
 
-def die(seen: Story, traffic: Traffic, sidecar: Sidecar, prometheus: live.Prometheus) -> None:
+def die(seen: Story, traffic: Traffic, sidecar: Sidecar, prometheus: watchers.Prometheus) -> None:
     traffic.plant(SPIKE)
     wait_for(prometheus.firing, 10)
     traffic.stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.grafana.assets import DASHBOARDS, GRAFANA, RECORDED, ROOT, all_queries, catalogue, queries, selectors
+from grafana.assets import DASHBOARDS, GRAFANA, RECORDED, ROOT, all_queries, catalogue, queries, selectors
 
 VISIBLE_ROWS = 21
 """Grid rows of 38 px that a 1080p screen shows below browser, navigation and variables (about 280 px)."""

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 import pytest
-from tests.grafana.assets import DASHBOARDS, FOREIGN, Query, all_queries, selectors
+from grafana.assets import DASHBOARDS, FOREIGN, Query, all_queries, selectors
 
 BOARDS = pytest.mark.parametrize("board", DASHBOARDS.values(), ids=DASHBOARDS)
 QUERIES = pytest.mark.parametrize("query", all_queries(), ids=lambda query: query.where)

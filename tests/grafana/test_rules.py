@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.grafana.assets import (
+from grafana.assets import (
     ALERTS,
     FOREIGN,
     GRAFANA,

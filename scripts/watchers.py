@@ -1,4 +1,4 @@
-"""Real servers for end-to-end tests, on free ports of the loopback: Prometheus, Alertmanager, a webhook.
+"""Prometheus, Alertmanager and a webhook, on free ports of the loopback, to watch a sidecar end to end.
 
 Prometheus and Alertmanager run the committed configurations of ``grafana/``, with 1 s scrapes and evaluations and with
 the addresses of this run.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
 import shutil
-import signal
+import socket
 import subprocess
 import threading
 import time
@@ -18,41 +19,73 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import grpc
 import httpx
-import pytest
 import yaml
-from processes import free_port, wait_for
 
-GRAFANA: Final = Path(__file__).parents[2] / "grafana"
+from maxact_proto import wire
+from maxact_proto.v1 import telemetry_pb2_grpc
+
+GRAFANA: Final = Path(__file__).parents[1] / "grafana"
 PROGRAMS: Final = ("prometheus", "prometheus-alertmanager")
 
 
-def need_programs() -> None:
-    """Skip the test where a server is not installed."""
-    for program in PROGRAMS:
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
+class ServerError(RuntimeError):
+    """A server that did not come up. The message ends with the last lines of its log."""
+
+
+def missing_programs() -> list[str]:
+    """The servers that are not installed here."""
+    return [program for program in PROGRAMS if shutil.which(program) is None]
+
+
+def free_port() -> int:
+    """A port nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def send_foreign_layout(address: str) -> None:
+    """Connect to a sidecar as a worker of another version; the sidecar refuses the stream and counts it."""
+    site = wire.Site(layer=0, name="hidden", width=64, sharded=False)
+    message = wire.encode_layout(wire.Layout(model="m", engine="0", instance="i", sites=(site,)))
+    message.layout.stats.append("a statistic of tomorrow")
+    with grpc.insecure_channel(address) as channel, contextlib.suppress(grpc.RpcError):
+        stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)  # type: ignore[no-untyped-call]
+        list(stub.Stream(iter([message])))
 
 
 @contextlib.contextmanager
-def process(command: list[str | Path], *, ready: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that runs while the context is open; entered once ``GET ready`` succeeds, left by SIGTERM."""
+def process(
+    command: list[str | Path], *, ready: str, log: Path, seconds: float = 30, environ: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that runs while the context is open; entered once ``GET ready`` succeeds, left by SIGTERM.
 
-    def serves() -> bool:
-        assert running.poll() is None, log.read_text()
-        try:
-            return httpx.get(ready).is_success
-        except httpx.TransportError:
-            return False
+    Raises `ServerError` where it ends before, or takes longer than ``seconds``.
+    """
 
     with log.open("wb") as output:
-        running = subprocess.Popen(command, stdout=output, stderr=output)
+        running = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **(environ or {})})
     try:
-        wait_for(serves, 30)
+        deadline = time.monotonic() + seconds
+        while not _answers(ready):
+            if running.poll() is not None or time.monotonic() > deadline:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+                raise ServerError(f"{command[0]} does not answer at {ready}; {log} ends with:\n{tail}")
+            time.sleep(0.1)
         yield running
     finally:
-        running.send_signal(signal.SIGTERM)
-        running.wait(20)
+        running.terminate()
+        running.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url).is_success
+    except httpx.TransportError:
+        return False
 
 
 class Webhook:
@@ -132,7 +165,8 @@ class Prometheus:
 
     def _get(self, path: str, **params: str | float) -> Any:
         answer = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=30).json()
-        assert answer["status"] == "success", (params, answer)
+        if answer["status"] != "success":
+            raise ServerError(f"{params}: {answer.get('error')}")
         return answer["data"]
 
     def query(self, expr: str) -> list[dict[str, Any]]:

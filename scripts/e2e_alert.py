@@ -1,0 +1,180 @@
+"""``make e2e-alert``: from a prompt to a notification, with real servers all the way.
+
+    PYTHONPATH=. python scripts/e2e_alert.py
+
+vLLM (compiled) -> plugin -> sidecar -> Prometheus -> Alertmanager -> webhook. Calm prompts make the card; then prompts
+are sent until one leaves its range. Ends with a last line ``RESULT {...}``: ``spike_to_metric_s`` (from the answer to that
+prompt to the flag in the sidecar's /metrics), ``spike_to_prometheus_s``, ``spike_to_notification_s`` (to the webhook),
+``alerts`` (that fired), ``queries_with_data`` ("N/N": every query of every dashboard and every recording rule, against
+that Prometheus) and ``ok``. Exit status 1 where a target is missed: metric within the plugin's interval + 0.5 s,
+notification within 15 s at 1 s scrapes and evaluations, every query with data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import watchers
+from demo import CALM, DIVERSE
+from grafana.assets import RECORDED, all_queries
+
+from maxact_calibration import model as smol
+
+INTERVAL_SECONDS: Final = 0.5
+METRIC_SECONDS: Final = INTERVAL_SECONDS + 0.5
+NOTIFICATION_SECONDS: Final = 15.0
+START_SECONDS: Final = 900.0
+RAISED: Final = 'meaning="range"'
+FLAG: Final = f"maxact_headroom_flag{{{RAISED}}}"
+
+
+class E2eError(RuntimeError):
+    """What stopped the run, for the person who started it."""
+
+
+def main() -> None:
+    """Run, print RESULT; status 1 where a target is missed, 2 where the run could not go on."""
+    try:
+        if missing := watchers.missing_programs():
+            raise E2eError(f"not installed: {', '.join(missing)} (Debian packages prometheus, prometheus-alertmanager)")
+        with tempfile.TemporaryDirectory(prefix="maxact-e2e-") as folder, ExitStack() as stack:
+            result = run(Path(folder), stack)
+    except (E2eError, smol.ModelError, watchers.ServerError, httpx.HTTPError) as error:
+        print(f"e2e-alert: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print("RESULT " + json.dumps(result), flush=True)
+    sys.exit(0 if result["ok"] else 1)
+
+
+def run(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """The whole way once; RESULT."""
+    webhook = stack.enter_context(watchers.run_webhook())
+    alertmanager = stack.enter_context(watchers.run_alertmanager(folder, webhook))
+    api, page, receiver = (f"127.0.0.1:{watchers.free_port()}" for _ in range(3))
+    serve(folder, stack, api=api, page=page, receiver=receiver)
+    prometheus = stack.enter_context(watchers.run_prometheus(folder, target=page, alertmanager=alertmanager))
+    watchers.send_foreign_layout(receiver)
+    calibrate(api, page, prometheus)
+    say("prompts of other kinds")
+    times = provoke(api, page, prometheus, webhook)
+    num_queries, empty = ask_everything(prometheus)
+    for where in empty:
+        say(f"no data: {where}")
+    result = {
+        "ok": times["spike_to_metric_s"] <= METRIC_SECONDS
+        and times["spike_to_notification_s"] <= NOTIFICATION_SECONDS
+        and not empty,
+        **times,
+        "alerts": sum(alert["status"] == "firing" for alert in webhook.received),
+        "queries_with_data": f"{num_queries - len(empty)}/{num_queries}",
+    }
+    return result
+
+
+def say(words: str) -> None:
+    """One line of progress."""
+    print(words, file=sys.stderr, flush=True)
+
+
+def serve(folder: Path, stack: ExitStack, *, api: str, page: str, receiver: str) -> None:
+    """vLLM with the plugin, and the sidecar, until the stack closes."""
+    say("the model (converted once)")
+    command: list[str | Path] = [Path(sys.executable).with_name("maxact"), "serve", str(smol.smollm2())]
+    command += ["--http", page, "--grpc", receiver, "--hold", "10", "--maxact-interval", str(INTERVAL_SECONDS)]
+    command += ["--host", "127.0.0.1", "--port", api.rpartition(":")[2], "--served-model-name", smol.NAME]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--max-num-batched-tokens", "2048"]
+    say("vLLM starts and compiles")
+    running = watchers.process(
+        command,
+        ready=f"http://{api}/health",
+        log=folder / "serve.log",
+        seconds=START_SECONDS,
+        environ={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    )
+    stack.enter_context(running)
+
+
+def calibrate(api: str, page: str, prometheus: watchers.Prometheus) -> None:
+    """Make the calm prompts the card. Raises `E2eError` where their traffic is not silent afterwards."""
+    say("calm prompts make the card")
+    for prompt in CALM:
+        complete(api, prompt)
+    time.sleep(3 * INTERVAL_SECONDS)
+    card = httpx.get(f"http://{page}/api/v1/card").raise_for_status().json()
+    httpx.post(f"http://{page}/api/v1/cards", json=card).raise_for_status()
+    complete(api, CALM[0])
+    within(10, "sites judged against the card", lambda: prometheus.query(FLAG))
+    time.sleep(3)
+    if firing := prometheus.firing():
+        raise E2eError(f"calm traffic fired {sorted({alert['labels']['alertname'] for alert in firing})}")
+
+
+def provoke(api: str, page: str, prometheus: watchers.Prometheus, webhook: watchers.Webhook) -> dict[str, float]:
+    """Send prompts until one leaves the card's range; seconds from its answer to each station."""
+    for kind, prompt in DIVERSE.items():
+        complete(api, prompt)
+        answered = time.monotonic()
+        if (flagged := seconds_until(lambda: raised(page), since=answered, limit=3)) is None:
+            continue
+        say(f"{kind} left the range")
+        scraped = within(10, "the flag in Prometheus", lambda: prometheus.query(f"{FLAG} == 1"), since=answered)
+        within(60, "a notification", lambda: webhook.find("MaxactRangeExceeded", "firing"))
+        first = min(alert["received"] for alert in webhook.find("MaxactRangeExceeded", "firing"))
+        return {
+            "spike_to_metric_s": round(flagged, 2),
+            "spike_to_prometheus_s": round(scraped, 2),
+            "spike_to_notification_s": round(first - answered, 2),
+        }
+    raise E2eError("no prompt left the calibrated range")
+
+
+def complete(api: str, prompt: str) -> None:
+    """One token of an answer: the prompt went through the model when this returns."""
+    body = {"model": smol.NAME, "prompt": prompt, "max_tokens": 2, "temperature": 0}
+    httpx.post(f"http://{api}/v1/completions", json=body, timeout=120).raise_for_status()
+
+
+def raised(page: str) -> bool:
+    """True where the sidecar's /metrics shows a raised range flag."""
+    lines = httpx.get(f"http://{page}/metrics").raise_for_status().text.splitlines()
+    return any(
+        line.startswith("maxact_headroom_flag{") and RAISED in line and float(line.rpartition(" ")[2]) == 1
+        for line in lines
+    )
+
+
+def seconds_until(condition: Callable[[], object], *, since: float, limit: float) -> float | None:
+    """Steady seconds after ``since`` at which the condition held; None where it did not within ``limit``."""
+    while not condition():
+        if time.monotonic() - since > limit:
+            return None
+        time.sleep(0.02)
+    return time.monotonic() - since
+
+
+def within(limit: float, what: str, condition: Callable[[], object], *, since: float | None = None) -> float:
+    """Like `seconds_until`, from now unless ``since`` is given. Raises `E2eError`."""
+    seconds = seconds_until(condition, since=time.monotonic() if since is None else since, limit=limit)
+    if seconds is None:
+        raise E2eError(f"not within {limit:g} s: {what}")
+    return seconds
+
+
+def ask_everything(prometheus: watchers.Prometheus) -> tuple[int, list[str]]:
+    """How many queries and recorded series there are, and those without any data since Prometheus started."""
+    questions = {query.where: query.runnable for query in all_queries()} | {name: name for name in RECORDED}
+    return len(questions), [where for where, expr in questions.items() if not prometheus.query_range(expr)]
+
+
+if __name__ == "__main__":
+    main()
