@@ -2,12 +2,12 @@
 
     PYTHONPATH=. python scripts/e2e_alert.py
 
-vLLM (compiled) -> plugin -> sidecar -> Prometheus -> Alertmanager -> webhook. Calm prompts make the card;
-then prompts are sent until one leaves its range. Ends with a last line ``RESULT {...}``: ``spike_to_metric_s`` (from the answer to that
-prompt to the flag in the sidecar's /metrics), ``spike_to_prometheus_s``, ``spike_to_notification_s`` (to the webhook),
-``alerts`` (that fired), ``queries_with_data`` ("N/N": every query of every dashboard and every recording rule, against
-that Prometheus) and ``ok``. Exit status 1 where a target is missed: metric within the plugin's interval + 0.5 s,
-notification within 15 s at 1 s scrapes and evaluations, every query with data.
+vLLM (compiled) -> plugin -> sidecar -> Prometheus -> Alertmanager -> webhook. Calm prompts make the card; then
+prompts are sent until one leaves its range. Ends with a last line ``RESULT {...}``: ``spike_to_metric_s`` (from the
+answer to that prompt to the flag in the sidecar's /metrics), ``spike_to_prometheus_s``, ``spike_to_notification_s``
+(to the webhook), ``alerts`` (that fired), ``queries_with_data`` ("N/N": every query of every dashboard and every
+recording rule, against that Prometheus) and ``ok``. Exit status 1 where a target is missed: metric within the
+plugin's interval + 0.5 s, notification within 15 s at 1 s scrapes and evaluations, every query with data.
 """
 
 from __future__ import annotations

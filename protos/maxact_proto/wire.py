@@ -195,7 +195,7 @@ def encode_window(window: Window) -> pb.StreamRequest:
 
 
 def decode_window(message: pb.Window, num_sites: int) -> Window:
-    """The `Window` of a message for a layout of ``num_sites``. Arrays are read-only views of the message's bytes.
+    """The `Window` of a message for a layout of ``num_sites``.
 
     Raises `WireError` where sizes differ from the layout, a time is not finite or a value cannot be.
     """
@@ -223,9 +223,12 @@ def _array(field: str, data: bytes, shape: tuple[int, ...]) -> stats.Values:
     expected = math.prod(shape) * _FLOAT32.itemsize
     if len(data) != expected:
         raise WireError(field, f"{len(data)} bytes, {expected} expected for shape {list(shape)}")
-    array: stats.Values = np.frombuffer(data, _FLOAT32).reshape(shape)
-    maximum, minimum, *sums = (array.reshape(-1, shape[-1])[:, column] for column in range(shape[-1]))
+    # One column after the other in memory: what checks and merges them is several times faster than on rows.
+    columns = np.frombuffer(data, _FLOAT32).reshape(shape).transpose(2, 0, 1).copy()
     # False for a NaN too. A sum of squares may overflow to infinity; the identities of max and min are -inf and inf.
-    if maximum.max() < np.inf and minimum.min() > -np.inf and all(column.min() >= 0 for column in sums):
-        return array
-    raise WireError(field, "holds a NaN" if np.isnan(array).any() else "holds an infinite extremum or a negative sum")
+    possible = columns[stats.MAX].max() < np.inf and columns[stats.MIN].min() > -np.inf
+    if not (possible and columns[stats.NUM_EXTREMA :].min(initial=0.0) >= 0):
+        raise WireError(
+            field, "holds a NaN" if np.isnan(columns).any() else "holds an infinite extremum or a negative sum"
+        )
+    return columns.transpose(1, 2, 0)

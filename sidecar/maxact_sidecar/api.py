@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from maxact_proto import stats
 from maxact_sidecar import merge
 from maxact_sidecar.card import CardTokens, LoadedCard
-from maxact_sidecar.headroom import MEANINGS
+from maxact_sidecar.headroom import MEANINGS, Floats
 from maxact_sidecar.state import Snapshot
 
 
@@ -143,10 +143,10 @@ def view_sites(snapshots: Iterable[Snapshot]) -> list[SiteView]:
 
 def _view_engine_sites(snapshot: Snapshot) -> list[SiteView]:
     hold = snapshot.hold
-    columns = {
+    columns: dict[str, Floats] = {
         "absmax": hold.absmax,
-        "max": hold.extrema[stats.MAX],
-        "min": hold.extrema[stats.MIN],
+        "max": hold.maximum,
+        "min": hold.minimum,
         "rms": hold.rms,
         "mean_abs": hold.mean_abs,
         "crest_ratio": hold.crest_ratio,

@@ -160,9 +160,7 @@ def _merge_engines(snapshots: Sequence[Snapshot]) -> list[CardSite]:
     widths: dict[SiteKey, int] = {}
     for snapshot in snapshots:
         at = np.array([position[key] for key in snapshot.keys])
-        own = extrema[..., at]
-        merge.merge_extrema(own, snapshot.total.extrema)
-        extrema[..., at] = own
+        extrema[..., at] = np.maximum(extrema[..., at], snapshot.total.extrema)
         sums[..., at] += snapshot.total.sums
         elements[..., at] += snapshot.total.elements
         widths |= {key: site.width for key, site in zip(snapshot.keys, snapshot.sites, strict=True)}
@@ -171,15 +169,16 @@ def _merge_engines(snapshots: Sequence[Snapshot]) -> list[CardSite]:
 
 
 def _card_sites(keys: list[SiteKey], widths: dict[SiteKey, int], merged: merge.Statistics) -> list[CardSite]:
-    absmax, rms, mean_abs = merged.absmax, merged.rms, merged.mean_abs
+    minimum, maximum, absmax = merged.minimum, merged.maximum, merged.absmax
+    rms, mean_abs = merged.rms, merged.mean_abs
     return [
         CardSite(
             layer=layer,
             site=name,
             phase=stats.PHASES[phase],
             width=widths[layer, name],
-            min=merged.extrema[stats.MIN, phase, index],
-            max=merged.extrema[stats.MAX, phase, index],
+            min=minimum[phase, index],
+            max=maximum[phase, index],
             absmax=absmax[phase, index],
             rms=rms[phase, index],
             mean_abs=mean_abs[phase, index],

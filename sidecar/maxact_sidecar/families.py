@@ -30,6 +30,11 @@ class Family:
     unit: str
     help: str
 
+    @property
+    def format(self) -> str:
+        """Of a value: nine digits hold every float32 and take a third of the time; counts and times need more."""
+        return "%.9g" if self.unit in ("activation", "ratio") else "%r"
+
 
 FAMILIES: Final = (
     Family("maxact_engines", "gauge", (), "", "Engines whose series are shown"),

@@ -145,7 +145,7 @@ class Flags:
 
     def observe(self, extrema: npt.NDArray[np.float32], index: Index, now: Instant) -> list[Evidence]:
         """Judge new values; what was raised. ``extrema`` is ``[2, P, S']``, its site k stands at ``index[k]``."""
-        peak = np.maximum(extrema[stats.MAX], -extrema[stats.MIN])
+        peak = np.maximum(*extrema)
         exceeded = peak.max(axis=0) > self._ceiling[:, index]
         if not exceeded.any():
             return []

@@ -43,15 +43,14 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
         self._num_streams = 0
         self._next_layout_id = 1
 
-    async def Stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+    async def Stream(self, requests: AsyncIterator[Any], context: Any) -> None:
         """One worker, from its layout to its end."""
         if self._num_streams >= self._max_streams:
             self._metrics.windows_rejected.labels("max_streams").inc()
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_streams} streams are served already")
         self._num_streams += 1
         try:
-            async for response in self._serve(requests):
-                yield response
+            await self._serve(context)
         except wire.WireError as error:
             self._metrics.windows_rejected.labels(error.field.partition("[")[0]).inc()
             _log.warning("stream rejected peer=%s reason=%s", context.peer(), error)
@@ -59,35 +58,31 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
         finally:
             self._num_streams -= 1
 
-    async def _serve(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        layout = await self._read_layout(requests)
-        if layout is None:
+    async def _serve(self, context: Any) -> None:
+        request = await context.read()
+        if request is grpc.aio.EOF:
             return
+        if not request.HasField("layout"):
+            raise wire.WireError("layout", "is missing: it must be the first message of a stream")
+        layout = wire.decode_layout(request.layout)
         engine, rank = self._fleet.attach(layout)
-        generation = rank.generation
-        layout_id, self._next_layout_id = self._next_layout_id, self._next_layout_id + 1
         _log.info(
             "worker connected model=%s engine=%s rank=%s sites=%d vllm=%s",
             *(layout.model, engine.label, layout.rank, len(layout.sites), layout.vllm_version),
         )
         try:
-            yield pb.StreamResponse(
-                layout_accepted=pb.LayoutAccepted(layout_id=layout_id, last_sequence=rank.last_sequence)
-            )
-            async for request in requests:
-                if rank.generation != generation:
-                    return
-                yield self._merge(request, layout_id, engine, rank)
+            await self._receive(context, engine, rank)
         finally:
             engine.detach(rank, clock())
             _log.info("worker gone model=%s engine=%s rank=%s", layout.model, engine.label, layout.rank)
 
-    async def _read_layout(self, requests: AsyncIterator[Any]) -> wire.Layout | None:
-        async for request in requests:
-            if not request.HasField("layout"):
-                raise wire.WireError("layout", "is missing: it must be the first message of a stream")
-            return wire.decode_layout(request.layout)
-        return None
+    async def _receive(self, context: Any, engine: Engine, rank: RankState) -> None:
+        generation = rank.generation
+        layout_id, self._next_layout_id = self._next_layout_id, self._next_layout_id + 1
+        accepted = pb.LayoutAccepted(layout_id=layout_id, last_sequence=rank.last_sequence)
+        await context.write(pb.StreamResponse(layout_accepted=accepted))
+        while (request := await context.read()) is not grpc.aio.EOF and rank.generation == generation:
+            await context.write(self._merge(request, layout_id, engine, rank))
 
     def _merge(self, request: Any, layout_id: int, engine: Engine, rank: RankState) -> Any:
         if not request.HasField("window"):

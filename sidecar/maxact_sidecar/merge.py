@@ -26,7 +26,7 @@ from maxact_proto import stats, wire
 from maxact_sidecar.headroom import Index
 
 Extrema = npt.NDArray[np.float32]
-"""``[2, P, S]``: (max, min); (-inf, inf) where nothing was seen."""
+"""``[2, P, S]``: (max, -min), so that both merge by maximum and the larger is absmax; -inf where nothing was seen."""
 Sums = npt.NDArray[np.float64]
 """``[4, P, S]``: the rows below."""
 SQUARES, MAGNITUDES, NONFINITE, TOKENS = range(4)
@@ -40,13 +40,14 @@ _LARGEST: Final = np.finfo(np.float32).max
 
 def empty_extrema(num_sites: int) -> Extrema:
     """Extrema of sites that saw nothing, ``[2, P, S]``."""
-    return np.ascontiguousarray(stats.empty(num_sites)[..., : stats.NUM_EXTREMA].transpose(2, 0, 1))
+    return np.full((2, len(stats.PHASES), num_sites), -np.inf, np.float32)
 
 
-def merge_extrema(target: Extrema, other: Extrema) -> None:
-    """Merge ``other`` into ``target`` in place; both ``[2, ...]``."""
-    np.maximum(target[stats.MAX], other[stats.MAX], out=target[stats.MAX])
-    np.minimum(target[stats.MIN], other[stats.MIN], out=target[stats.MIN])
+def _extrema(columns: npt.NDArray[np.float32]) -> Extrema:
+    """`Extrema` from (max, min) columns ``[2, P, S]``; a new array."""
+    extrema = columns.copy()
+    np.negative(extrema[1], out=extrema[1])
+    return extrema
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +62,21 @@ class Statistics:
     @property
     def absmax(self) -> npt.NDArray[np.float32]:
         """``[P, S]``."""
-        absmax = np.maximum(self.extrema[stats.MAX], -self.extrema[stats.MIN])
-        return np.where(np.isfinite(absmax), absmax, np.nan)
+        return self._known(self.extrema.max(axis=0))
+
+    @property
+    def maximum(self) -> npt.NDArray[np.float32]:
+        """``[P, S]``: largest signed value."""
+        return self._known(self.extrema[0])
+
+    @property
+    def minimum(self) -> npt.NDArray[np.float32]:
+        """``[P, S]``: smallest signed value."""
+        return self._known(-self.extrema[1])
+
+    @staticmethod
+    def _known(extremum: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.where(np.isfinite(extremum), extremum, np.float32(np.nan))
 
     @property
     def rms(self) -> npt.NDArray[np.float64]:
@@ -112,24 +126,22 @@ class RankState:
 
     def merge(self, window: wire.Window, period: int, seconds: float) -> Extrema:
         """Merge a window that arrived in half-horizon number ``period``, at epoch ``seconds``; its extrema."""
-        columns = np.ascontiguousarray(window.values.transpose(2, 0, 1))
-        extrema: Extrema = columns[: stats.NUM_EXTREMA]
+        columns = window.values.transpose(2, 0, 1)
+        extrema = _extrema(columns[: stats.NUM_EXTREMA])
         self.rotate(period)
-        merge_extrema(self._buckets[-1], extrema)
-        merge_extrema(self.lifetime, extrema)
-        merge_extrema(self.lifetime, window.lifetime.transpose(2, 0, 1))
-        self._add(columns, np.array(window.tokens, np.int64))
+        np.maximum(self._buckets[-1], extrema, out=self._buckets[-1])
+        np.maximum(self.lifetime, extrema, out=self.lifetime)
+        np.maximum(self.lifetime, _extrema(window.lifetime.transpose(2, 0, 1)), out=self.lifetime)
+        self._add(columns[stats.NUM_EXTREMA :], extrema[0] > -np.inf, np.array(window.tokens, np.int64))
         self.last_sequence = window.sequence
         self.last_window_seconds = seconds
         self.windows += 1
         self.coalesced += window.coalesced
         return extrema
 
-    def _add(self, columns: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]) -> None:
-        nonfinite = columns[stats.NONFINITE]
-        seen = (columns[stats.MAX] >= columns[stats.MIN]) | (nonfinite > 0)
-        self.total[:TOKENS] += np.minimum(columns[stats.NUM_EXTREMA :], _LARGEST)
-        self.total[TOKENS] += seen * tokens[:, None]
+    def _add(self, sums: npt.NDArray[np.float32], seen: npt.NDArray[np.bool_], tokens: npt.NDArray[np.int64]) -> None:
+        self.total[:TOKENS] += sums if sums[SQUARES].max() < np.inf else np.minimum(sums, _LARGEST)
+        self.total[TOKENS] += (seen | (sums[NONFINITE] > 0)) * tokens[:, None]
         self.tokens += tokens
 
     def rotate(self, period: int) -> None:
@@ -145,9 +157,7 @@ class RankState:
 
     def hold_extrema(self) -> Extrema:
         """Extrema over the hold horizon, a new array."""
-        extrema = self._buckets[0].copy()
-        merge_extrema(extrema, self._buckets[1])
-        return extrema
+        return np.maximum(*self._buckets)
 
     def part(self, *, hold: bool) -> Part:
         """A copy of the statistics over the hold horizon, or since the worker started."""
@@ -181,8 +191,7 @@ def merge_ranks(parts: Iterable[Part], num_sites: int) -> Statistics:
     for part in sorted(parts, key=lambda part: part.order):
         at = part.index
         first = part.sharded | (sums[TOKENS][:, at] == 0)
-        extrema[stats.MAX][:, at] = np.maximum(extrema[stats.MAX][:, at], part.extrema[stats.MAX])
-        extrema[stats.MIN][:, at] = np.minimum(extrema[stats.MIN][:, at], part.extrema[stats.MIN])
+        extrema[:, :, at] = np.maximum(extrema[:, :, at], part.extrema)
         sums[:NONFINITE, :, at] += part.sums[:NONFINITE] * first
         elements[:, at] += (part.sums[TOKENS] - part.sums[NONFINITE]) * part.widths * first
         sums[NONFINITE:, :, at] = np.maximum(sums[NONFINITE:, :, at], part.sums[NONFINITE:])

@@ -75,7 +75,8 @@ class Snapshot:
     @property
     def absmax(self) -> npt.NDArray[np.float32]:
         """``[S]``: over the hold horizon, all phases; NaN without tokens."""
-        return _nan_if_empty(merge_absmax(self.hold.extrema))
+        absmax = _peak(self.hold.extrema)
+        return np.where(np.isfinite(absmax), absmax, np.float32(np.nan))
 
     @property
     def headroom_ratio(self) -> npt.NDArray[np.float64]:
@@ -100,14 +101,10 @@ class Snapshot:
         return seen
 
 
-def merge_absmax(extrema: merge.Extrema) -> npt.NDArray[np.float32]:
-    """``[S]`` from ``[2, P, S]``, ``-inf`` where nothing was seen."""
-    peak: npt.NDArray[np.float32] = np.maximum(extrema[stats.MAX], -extrema[stats.MIN]).max(axis=0)
+def _peak(extrema: merge.Extrema) -> npt.NDArray[np.float32]:
+    """``[S]`` from ``[2, P, S]``: absmax over all phases, ``-inf`` where nothing was seen."""
+    peak: npt.NDArray[np.float32] = extrema.max(axis=(0, 1))
     return peak
-
-
-def _nan_if_empty(absmax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    return np.where(np.isfinite(absmax), absmax, np.float32(np.nan))
 
 
 class Engine:
@@ -163,7 +160,7 @@ class Engine:
     def _restart(self, layout: wire.Layout) -> None:
         """Keep counters and marks of the workers that are gone, drop the rest."""
         total = self._merge(hold=False)
-        self._high_water = np.maximum(self._high_water, np.maximum(total.extrema[stats.MAX], -total.extrema[stats.MIN]))
+        self._high_water = np.maximum(self._high_water, total.extrema.max(axis=0))
         # New arrays: a snapshot may still hold the old ones.
         self._nonfinite = self._nonfinite + total.sums[merge.NONFINITE]
         self._tokens = self._tokens + self._worker_tokens()
@@ -235,7 +232,7 @@ class Engine:
         with self._lock:
             if not self._flags.due(now):
                 return
-            cleared = self._flags.settle(merge_absmax(self._hold_extrema(now)), now)
+            cleared = self._flags.settle(_peak(self._hold_extrema(now)), now)
         self._announce("cleared", cleared)
 
     def snapshot(self, now: Instant) -> Snapshot:
@@ -289,9 +286,7 @@ class Engine:
     def _hold_extrema(self, now: Instant) -> merge.Extrema:
         extrema = merge.empty_extrema(len(self._positions))
         for rank in self._rotated(now):
-            own = extrema[..., rank.index]
-            merge.merge_extrema(own, rank.hold_extrema())
-            extrema[..., rank.index] = own
+            extrema[..., rank.index] = np.maximum(extrema[..., rank.index], rank.hold_extrema())
         return extrema
 
     def _announce(self, event: str, flags: list[Evidence]) -> None:
@@ -312,12 +307,11 @@ def _merged(parts: Snapshot, holds: list[merge.Part], totals: list[merge.Part]) 
     """The snapshot with its ranks merged; runs outside the lock."""
     num_sites = len(parts.keys)
     total = merge.merge_ranks(totals, num_sites)
-    peak = np.maximum(total.extrema[stats.MAX], -total.extrema[stats.MIN])
     return replace(
         parts,
         hold=merge.merge_ranks(holds, num_sites),
         total=total,
-        high_water=np.maximum(parts.high_water, peak),
+        high_water=np.maximum(parts.high_water, total.extrema.max(axis=0)),
         nonfinite=parts.nonfinite + total.sums[merge.NONFINITE],
     )
 

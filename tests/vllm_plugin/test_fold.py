@@ -107,10 +107,10 @@ def test_tokens_are_counted_per_phase() -> None:
 
 
 def test_every_row_is_a_storage_of_its_own_in_one_block() -> None:
-    from maxact_vllm.instrument import _own_storage
+    from maxact_vllm.instrument import own_storage
 
     block = allocate(3, 100, torch.device("cpu"))
-    row = _own_storage(block[2, 1])
+    row = own_storage(block[2, 1])
     row[7] = 42.0
     assert block[2, 1, 7] == 42.0
     assert row.untyped_storage().nbytes() == block.shape[2] * 4

@@ -53,11 +53,23 @@ class Tap:
 
 
 def allocate(num_sites: int, max_tokens: int, device: torch.device) -> torch.Tensor:
-    """The block that takes one float per (statistic, site, token): float32 ``[NUM_ROWS, num_sites, padded tokens]``."""
+    """The block that takes one float per (statistic, site, token): float32 ``[NUM_ROWS, num_sites, padded tokens]``.
+
+    In memory the rows of one site, and the sites of one layer, lie side by side.
+    """
     padded = -(-max_tokens // _ALIGNMENT) * _ALIGNMENT
     if device.type == "cpu":
-        return torch.from_numpy(np.full((NUM_ROWS, num_sites, padded), -np.inf, np.float32))
-    return torch.full((NUM_ROWS, num_sites, padded), -torch.inf, dtype=torch.float32, device=device)
+        sites = torch.from_numpy(np.full((num_sites, NUM_ROWS, padded), -np.inf, np.float32))
+    else:
+        sites = torch.full((num_sites, NUM_ROWS, padded), -torch.inf, dtype=torch.float32, device=device)
+    return sites.transpose(0, 1)
+
+
+def execution_order(tap: Tap) -> tuple[int, int]:
+    """Sort key: as a forward meets the sites, layer by layer."""
+    if tap.layer is None:
+        return (-1, 0) if tap.name == "embedding" else (1 << 30, 0)
+    return tap.layer + (tap.name == "hidden"), -1 if tap.name == "hidden" else list(stats.SITES).index(tap.name)
 
 
 def instrument(taps: Sequence[Tap], block: torch.Tensor) -> None:
@@ -65,12 +77,12 @@ def instrument(taps: Sequence[Tap], block: torch.Tensor) -> None:
     for site, tap in enumerate(taps):
         names = [f"_maxact_{tap.name}_{stat.name}" for stat in stats.STATS[:NUM_ROWS]]
         for row, name in enumerate(names):
-            tap.module.register_buffer(name, _own_storage(block[row, site]), persistent=False)
+            tap.module.register_buffer(name, own_storage(block[row, site]), persistent=False)
         _hook(tap, names)
 
 
-def _own_storage(row: torch.Tensor) -> torch.Tensor:
-    """The same memory as ``row`` behind a storage that nothing else shares, as far as autograd can tell."""
+def own_storage(row: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous ``row`` behind a storage that nothing else shares, as far as autograd can tell."""
     if row.device.type == "cpu":
         return torch.from_numpy(row.numpy())
     return torch.as_tensor(_CudaMemory(row), device=row.device)
@@ -91,22 +103,27 @@ class _CudaMemory:
 
 def _hook(tap: Tap, names: list[str]) -> None:
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _observe(module, names, _first_tensor(args, kwargs))
+        _observe(module, names, first_tensor(args, kwargs))
 
     def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _observe(module, names, output[0] if isinstance(output, tuple) else output)
-
-    def on_residual(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _observe(module, names, output[1] if isinstance(output, tuple) else args[0])
+        _observe(module, names, pick_output(tap.reads, args, output))
 
     if tap.reads == "input":
         tap.module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
-        tap.module.register_forward_hook(on_output if tap.reads == "output" else on_residual)
+        tap.module.register_forward_hook(on_output)
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an ``input`` tap reads."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def pick_output(reads: Reads, args: tuple[Any, ...], output: Any) -> Any:
+    """What an ``output`` or ``residual`` tap reads, given a module's arguments and output."""
+    if reads == "output":
+        return output[0] if isinstance(output, tuple) else output
+    return output[1] if isinstance(output, tuple) else args[0]
 
 
 def _observe(module: nn.Module, names: list[str], x: Any) -> None:

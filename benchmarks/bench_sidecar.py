@@ -1,0 +1,299 @@
+"""What a sidecar costs: rendering, being scraped, taking in windows, a fleet. Everything on loopback, on this machine.
+
+    python benchmarks/bench_sidecar.py [--fleet-seconds 60] [--skip scrape,fleet]
+
+- render: 50,000 series as text, CPU of this process; beside it the same series as `prometheus_client` gauges.
+- scrape: a real Prometheus scrapes a real sidecar with 50,000 series, gzipped; its own ``scrape_duration_seconds``.
+- ingest: 8 streams of 1,000 sites, each sending its next window when the last one is acknowledged, as the plugin does;
+  CPU of the sidecar process per window. ``ingest_windows_per_s`` is what one core of it would take in,
+  ``ingest_wall_windows_per_s`` what it took in while the clients shared the machine. Beside it the cost of decoding
+  one window: ours, and the same numbers as nested protobuf messages.
+- fleet: 64 engines x 8 ranks x 1,000 sites at 1 Hz, one scrape every 15 s. CPU of the sidecar in percent of one core
+  (``fleet_core_pct``), its largest resident memory, and the time from sending a window to its acknowledgement: the
+  window is merged and judged then, and in every scrape that starts later (``window_to_metric_p99_ms``).
+
+Last line: ``RESULT {"render_50k_ms": .., "render_50k_naive_ms": .., "scrape_50k_s": .., "ingest_windows_per_s": ..,
+"ingest_wall_windows_per_s": .., "ingest_cpu_us": .., "decode_us": .., "decode_nested_us": .., "fleet_core_pct": ..,
+"fleet_rss_mib": .., "window_to_metric_p99_ms": ..}``; keys only for parts that ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from processes import Sidecar, free_port, wait_for
+
+from maxact_proto import stats, wire
+from maxact_proto.v1 import telemetry_pb2 as pb
+from maxact_proto.v1 import telemetry_pb2_grpc
+from maxact_sidecar.collector import Collector
+from maxact_sidecar.config import make_settings
+from maxact_sidecar.families import SelfMetrics
+from maxact_sidecar.fleet import Fleet
+from maxact_sidecar.ingest import clock
+
+NUM_SERIES = 50_000
+PARTS = ("render", "scrape", "ingest", "fleet")
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    """Run the parts, print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fleet-seconds", type=float, default=60.0)
+    parser.add_argument("--skip", type=lambda text: text.split(","), default=[], help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--load", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        print(json.dumps(asyncio.run(_send_load(**json.loads(args.load)))))
+        return
+    parts: dict[str, Callable[[], dict[str, float]]] = {
+        "render": measure_render,
+        "scrape": measure_scrape,
+        "ingest": measure_ingest,
+        "fleet": lambda: measure_fleet(args.fleet_seconds),
+    }
+    result: dict[str, float] = {}
+    for name in PARTS:
+        if name not in args.skip:
+            print(f"{name} ...", flush=True)
+            result |= parts[name]()
+    print("RESULT " + json.dumps({key: round(value, 3) for key, value in result.items()}), flush=True)
+
+
+def measure_render() -> dict[str, float]:
+    """CPU of one scrape, ours and the ordinary way."""
+    settings = make_settings(max_series=NUM_SERIES)
+    fleet, collector = Fleet(settings), Collector(settings, SelfMetrics())
+    layout, window = _layout("0", 0, 2100), _window(2100)
+    engine, rank = fleet.attach(layout)
+    engine.merge_window(rank, window, clock())
+
+    def render() -> bytes:
+        return collector.render(fleet.snapshots(clock()), [], as_openmetrics=False)
+
+    num_series = sum(not line.startswith(b"#") for line in render().splitlines() if line.startswith(b"maxact_"))
+    assert num_series >= NUM_SERIES, num_series
+    registry = CollectorRegistry()
+    gauge = Gauge("maxact_absmax", "absmax", ["model_name", "engine", "layer", "site", "phase"], registry=registry)
+    for index in range(NUM_SERIES):
+        gauge.labels("m", "0", str(index), "hidden", "prefill").set(index + 0.1)
+    naive = _cpu_us(lambda: generate_latest(registry), repeat=5)
+    return {"render_50k_ms": _cpu_us(render, repeat=15) / 1e3, "render_50k_naive_ms": naive / 1e3}
+
+
+def _cpu_us(work: Callable[[], Any], *, repeat: int) -> float:
+    """Median CPU of one call, in microseconds."""
+    seconds = []
+    for _ in range(repeat + 1):
+        started = time.process_time()
+        work()
+        seconds.append(time.process_time() - started)
+    return statistics.median(seconds[1:]) * 1e6
+
+
+def measure_scrape() -> dict[str, float]:
+    """Prometheus' own figure for scraping 50,000 series."""
+    with tempfile.TemporaryDirectory() as folder, _sidecar("--max-series", str(NUM_SERIES)) as sidecar:
+        load = _start_load(sidecar, engines=1, ranks=1, num_sites=2100, interval=1.0, seconds=20.0)
+        port = free_port()
+        job = {"job_name": "maxact", "scrape_interval": "1s", "static_configs": [{"targets": [sidecar.http]}]}
+        config = Path(folder) / "prometheus.yml"
+        config.write_text(json.dumps({"scrape_configs": [job]}))
+        command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder}/tsdb"]
+        with subprocess.Popen(
+            [*command, f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL
+        ) as watcher:
+            load.communicate()
+            seconds = _query(port, "quantile_over_time(0.5, scrape_duration_seconds[15s])")
+            samples = _query(port, "scrape_samples_scraped")
+            watcher.terminate()
+        assert samples >= NUM_SERIES, samples
+        return {"scrape_50k_s": seconds}
+
+
+def _query(port: int, expr: str) -> float:
+    answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": expr}).raise_for_status().json()
+    return float(answer["data"]["result"][0]["value"][1])
+
+
+def measure_ingest() -> dict[str, float]:
+    """CPU of the sidecar per window, and what decoding is of that."""
+    with _sidecar() as sidecar:
+        before = _cpu_seconds(sidecar)
+        load = _run_load(sidecar, engines=8, ranks=1, num_sites=1000, interval=0.0, seconds=8.0)
+        cpu = (_cpu_seconds(sidecar) - before) / load["windows"]
+    data = wire.encode_window(_window(1000)).SerializeToString()
+    nested, nested_data = _nested(_window(1000))
+
+    def decode_nested() -> Any:
+        rows = nested.FromString(nested_data).rows
+        return np.array([[row.max, row.min, row.sum_squares, row.sum_abs, row.nonfinite] for row in rows], np.float32)
+
+    return {
+        "ingest_windows_per_s": 1 / cpu,
+        "ingest_wall_windows_per_s": load["windows"] / load["seconds"],
+        "ingest_cpu_us": cpu * 1e6,
+        "decode_us": _cpu_us(lambda: wire.decode_window(pb.StreamRequest.FromString(data).window, 1000), repeat=500),
+        "decode_nested_us": _cpu_us(decode_nested, repeat=50),
+    }
+
+
+def _nested(window: wire.Window) -> tuple[Any, bytes]:
+    """A message type with one nested message per row of statistics, and the window as such."""
+    file = descriptor_pb2.FileDescriptorProto(name="nested.proto", package="nested", syntax="proto3")
+    row = file.message_type.add(name="Row")
+    for number, stat in enumerate(stats.STATS, start=1):
+        row.field.add(name=stat.name, number=number, type=2, label=1)  # optional float
+    whole = file.message_type.add(name="Window")
+    whole.field.add(name="rows", number=1, type=11, label=3, type_name=".nested.Row")  # repeated Row
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    message = message_factory.GetMessageClass(pool.FindMessageTypeByName("nested.Window"))
+    names = [stat.name for stat in stats.STATS]
+    rows = window.values.reshape(-1, len(names)).tolist()
+    data = message(rows=[dict(zip(names, values, strict=True)) for values in rows]).SerializeToString()
+    return message, data
+
+
+def measure_fleet(seconds: float) -> dict[str, float]:
+    """64 engines x 8 ranks x 1,000 sites at 1 Hz."""
+    with _sidecar() as sidecar:
+        load = _start_load(sidecar, engines=64, ranks=8, num_sites=1000, interval=1.0, seconds=seconds + 10)
+        wait_for(lambda: _metric(sidecar, "maxact_engines") == 64, 60)
+        time.sleep(5)
+        started, before, peak = time.monotonic(), _cpu_seconds(sidecar), 0.0
+        while time.monotonic() < started + seconds:
+            httpx.get(f"{sidecar.url}/metrics", timeout=30).raise_for_status()
+            peak = max(peak, _rss_mib(sidecar))
+            time.sleep(max(0.0, min(15.0, started + seconds - time.monotonic())))
+        share = (_cpu_seconds(sidecar) - before) / (time.monotonic() - started)
+        figures = json.loads(load.communicate()[0])
+    print(f"  {figures['windows']} windows in {figures['seconds']:.0f} s, ack p50 {figures['p50_ms']:.1f} ms")
+    return {
+        "fleet_core_pct": 100 * share,
+        "fleet_rss_mib": max(peak, 0.0),
+        "window_to_metric_p99_ms": figures["p99_ms"],
+    }
+
+
+@contextmanager
+def _sidecar(*options: str) -> Iterator[Sidecar]:
+    with tempfile.TemporaryDirectory() as folder:
+        running = Sidecar(Path(folder) / "log", *options)
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+def _cpu_seconds(sidecar: Sidecar) -> float:
+    fields = Path(f"/proc/{sidecar._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def _rss_mib(sidecar: Sidecar) -> float:
+    pages = int(Path(f"/proc/{sidecar._process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _metric(sidecar: Sidecar, name: str) -> float:
+    lines = httpx.get(f"{sidecar.url}/metrics", timeout=30).text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)
+
+
+def _start_load(sidecar: Sidecar, **load: float) -> subprocess.Popen[str]:
+    """Workers of a fleet in a process of their own; prints figures at its end."""
+    command = [sys.executable, __file__, "--load", json.dumps({"address": sidecar.grpc, **load})]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def _run_load(sidecar: Sidecar, **load: float) -> dict[str, float]:
+    figures: dict[str, float] = json.loads(_start_load(sidecar, **load).communicate()[0])
+    return figures
+
+
+async def _send_load(
+    *, address: str, engines: int, ranks: int, num_sites: int, interval: float, seconds: float
+) -> dict[str, float]:
+    latencies: list[float] = []
+    started = time.monotonic()
+    layouts = [_layout(str(engine), rank, num_sites, ranks) for engine in range(engines) for rank in range(ranks)]
+    delays = np.random.default_rng(0).uniform(0, interval, len(layouts))
+    await asyncio.gather(
+        *(
+            _stream(address, layout, delay, interval, started + seconds, latencies)
+            for layout, delay in zip(layouts, delays, strict=True)
+        )
+    )
+    p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
+    return {"windows": len(latencies), "seconds": time.monotonic() - started, "p50_ms": p50, "p99_ms": p99}
+
+
+async def _stream(
+    address: str, layout: wire.Layout, delay: float, interval: float, until: float, latencies: list[float]
+) -> None:
+    """One worker: a window every ``interval`` seconds, or whenever the last one is acknowledged."""
+    options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own, as a process of its own would have
+    async with grpc.aio.insecure_channel(address, options) as channel:
+        call = telemetry_pb2_grpc.TelemetryServiceStub(channel).Stream()
+        await call.write(wire.encode_layout(layout))
+        layout_id = (await call.read()).layout_accepted.layout_id
+        request = wire.encode_window(_window(len(layout.sites), layout_id))
+        due = time.monotonic() + delay
+        while due < until:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            sent = time.monotonic()
+            await call.write(request)
+            assert (await call.read()).window_ack.sequence == request.window.sequence
+            latencies.append(time.monotonic() - sent)
+            request.window.sequence += 1
+            due = max(due + interval, sent)
+        await call.done_writing()
+
+
+def _layout(engine: str, rank: int, num_sites: int, ranks: int = 1) -> wire.Layout:
+    names = [name for name in stats.SITES if name not in ("embedding", "final_norm")]
+    sites = tuple(
+        wire.Site(layer=index // len(names), name=names[index % len(names)], width=4096, sharded=index % 2 == 0)
+        for index in range(num_sites)
+    )
+    return wire.Layout(model="m", engine=engine, instance=f"i{engine}", sites=sites, tp_rank=rank, tp_size=ranks)
+
+
+def _window(num_sites: int, layout_id: int = 0) -> wire.Window:
+    values = np.abs(np.random.default_rng(0).normal(size=(len(stats.PHASES), num_sites, len(stats.STATS))))
+    values[..., stats.MIN] *= -1
+    return wire.Window(
+        layout_id=layout_id,
+        sequence=1,
+        start_seconds=time.time(),
+        end_seconds=time.time(),
+        tokens=(8, 512, 64),
+        values=values.astype(np.float32),
+        lifetime=values[..., : stats.NUM_EXTREMA].astype(np.float32),
+    )
+
+
+if __name__ == "__main__":
+    main()
