@@ -38,13 +38,10 @@ def main() -> None:
 
     with Listening() as listening:
         engines = {column: _engine(column, args, listening.endpoint) for column in args.columns}
-        rows = [row for batch in args.batches for row in _decode(engines, batch, args)]
-        rows += _prefill(engines, args)
-    for row in rows:
-        print(json.dumps(row), flush=True)
-        if args.out:
-            with Path(args.out).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        rows = []
+        for batch in args.batches:
+            rows += _report(_decode(engines, batch, args), args.out)
+        rows += _report(_prefill(engines, args), args.out)
     print("RESULT " + json.dumps(_result(rows, args.columns)), flush=True)
     os._exit(0)  # engines of one process take long to tear down, and nothing is left to save
 
@@ -148,6 +145,15 @@ def _row(kind: str, batch: int, column: str, seconds: dict[str, list[float]]) ->
         "over_base_pct": round(100 * (statistics.median(ratios) - 1), 3),
         "iqr_pct": [round(100 * (low - 1), 3), round(100 * (high - 1), 3)],
     }
+
+
+def _report(rows: list[dict[str, Any]], out: str) -> list[dict[str, Any]]:
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        if out:
+            with Path(out).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    return rows
 
 
 def _result(rows: list[dict[str, Any]], columns: list[str]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from receiver import Listening, Receiver
 
 ENVIRON = {
@@ -50,3 +51,13 @@ def run_engine(spec: dict[str, Any], folder: Path, **environ: str) -> Run:
         assert done.returncode == 0, log[-4000:]
         with np.load(folder / "raw.npz") as raw:
             return Run(listening.receiver, dict(raw), log)
+
+
+def run_interpreted(script: str) -> None:
+    """Run a program beside this file under Triton's interpreter; it compares a kernel with its reference."""
+    pytest.importorskip("triton", reason="torch for CPU brings no Triton on this platform")
+    environ = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, Path(__file__).with_name(script)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kernel and reference agree" in done.stdout

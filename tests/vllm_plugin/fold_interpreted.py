@@ -8,7 +8,7 @@ import torch
 from maxact_proto import stats
 from maxact_vllm.fold import fold
 from maxact_vllm.fold_kernel import fold_on_gpu
-from maxact_vllm.instrument import NUM_ROWS
+from maxact_vllm.observe import NUM_ROWS
 
 NUM_SITES, PADDED = 3, 1152
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from engines import run_interpreted
 
 from maxact_proto import stats
 from maxact_vllm.compat import Step
 from maxact_vllm.fold import Folder, fold, phases_of
-from maxact_vllm.instrument import NUM_ROWS, allocate
+from maxact_vllm.instrument import allocate
+from maxact_vllm.observe import NUM_ROWS
 
 
 def step(*requests: tuple[int, int, int]) -> Step:
@@ -106,22 +103,6 @@ def test_tokens_are_counted_per_phase() -> None:
     assert folder.accumulators.tokens[0].tolist() == [1, 4, 3]
 
 
-def test_every_row_is_a_storage_of_its_own_in_one_block() -> None:
-    from maxact_vllm.instrument import own_storage
-
-    block = allocate(3, 100, torch.device("cpu"))
-    row = own_storage(block[2, 1])
-    row[7] = 42.0
-    assert block[2, 1, 7] == 42.0
-    assert row.untyped_storage().nbytes() == block.shape[2] * 4
-    assert row.data_ptr() % 16 == 0
-
-
 @pytest.mark.timeout(300)
 def test_the_triton_kernel_agrees_with_the_reference_in_tritons_interpreter() -> None:
-    pytest.importorskip("triton", reason="torch for CPU brings no Triton on this platform")
-    script = Path(__file__).with_name("fold_interpreted.py")
-    environ = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "kernel and reference agree" in done.stdout
+    run_interpreted("fold_interpreted.py")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,13 @@ def is_missing_layer(module: Any) -> bool:
     from vllm.model_executor.models.utils import PPMissingLayer
 
     return isinstance(module, PPMissingLayer)
+
+
+def cache_root() -> Path:
+    """Where vLLM keeps compiled artefacts. vLLM 0.26-0.32."""
+    from vllm import envs
+
+    return Path(envs.VLLM_CACHE_ROOT)
 
 
 def count_memory(runner: Any, num_bytes: int) -> None:

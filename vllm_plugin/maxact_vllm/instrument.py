@@ -1,37 +1,40 @@
-"""Hop 2/9: one small reduction per site and statistic, compiled into the served model's own graph.
+"""Hop 2/9: hooks on the modules of the served model, traced into its own graph, that hand each site to `observe`.
 
 A forward hook, registered after the weights are loaded and before the first forward, is traced by Dynamo like the
-model's own code. It reduces a site along the hidden dimension only, to one float per token and statistic, and copies
-these into rows that were allocated before compilation: Inductor fuses the reductions into the kernel that makes or
-reads the tensor, and CUDA graphs capture the same addresses. What becomes of the rows is decided after the step,
-outside the graph (`fold`), where the real tokens are known.
+model's own code. Sites are grouped by what lies between two attentions, which is also where vLLM splits a graph: from
+an output projection to the next layer's input projection. The hooks only collect the tensors of a group; at its last
+site one operation reads them all and writes one float per token and statistic into rows that were allocated before
+compilation. On a GPU that operation runs on a branch of the graph beside the matrix product that follows. What becomes
+of the rows is decided after the step, outside the graph (`fold`), where the real tokens are known.
 
-Two things about the rows are load-bearing. They are non-persistent buffers of the hooked module, so a compiled artefact
-resolves them from the live model instead of baking in copies. And each is a storage of its own, or functionalization
-would copy the whole block once per write (six times slower on a small model); yet they lie in one block of memory, so
-that one fold reads them all.
+The rows are non-persistent buffers of a hooked module, so that a compiled artefact resolves them from the live model;
+each group's are a storage of their own, or functionalization would copy the whole block once per write; yet they lie in
+one block of memory, so that one fold reads them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
 from maxact_proto import stats
-
-NUM_ROWS = stats.NONFINITE
-"""Statistics reduced in the graph: max, min, sum_squares, sum_abs. Non-finite rows are recognized when folding."""
+from maxact_vllm import observe
 
 _ALIGNMENT = 64
 """Rows start at multiples of 256 bytes: Inductor copies inputs that are aligned to less than 16 bytes."""
 
+_AS_EXECUTED: Final = ("o_proj_input", "mlp_input", "down_proj_input", "hidden", "attn_input")
+"""Sites between two attentions in the order a forward meets them."""
 
 Reads = Literal["input", "output", "residual"]
+Pending = list[tuple[int, torch.Tensor]]
+"""Sites of a group met so far in this forward: place in the group, tensor ``[tokens, width]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,58 +58,95 @@ class Tap:
 def allocate(num_sites: int, max_tokens: int, device: torch.device) -> torch.Tensor:
     """The block that takes one float per (statistic, site, token): float32 ``[NUM_ROWS, num_sites, padded tokens]``.
 
-    In memory the rows of one site, and the sites of one layer, lie side by side.
+    In memory the rows of one site, and the sites of one group, lie side by side.
     """
     padded = -(-max_tokens // _ALIGNMENT) * _ALIGNMENT
+    shape = (num_sites, observe.NUM_ROWS, padded)
     if device.type == "cpu":
-        sites = torch.from_numpy(np.full((num_sites, NUM_ROWS, padded), -np.inf, np.float32))
+        sites = torch.from_numpy(np.full(shape, -np.inf, np.float32))
     else:
-        sites = torch.full((num_sites, NUM_ROWS, padded), -torch.inf, dtype=torch.float32, device=device)
+        sites = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
     return sites.transpose(0, 1)
 
 
-def execution_order(tap: Tap) -> tuple[int, int]:
-    """Sort key: as a forward meets the sites, layer by layer."""
-    if tap.layer is None:
-        return (-1, 0) if tap.name == "embedding" else (1 << 30, 0)
-    return tap.layer + (tap.name == "hidden"), -1 if tap.name == "hidden" else list(stats.SITES).index(tap.name)
+def in_order(taps: Sequence[Tap]) -> list[Tap]:
+    """The taps group after group, as `instrument` wants them."""
+    return sorted(taps, key=_position)
 
 
 def instrument(taps: Sequence[Tap], block: torch.Tensor) -> None:
-    """Hook every tap so that its forward writes its rows of ``block`` (from `allocate`), site by site in order."""
-    for site, tap in enumerate(taps):
-        names = [f"_maxact_{tap.name}_{stat.name}" for stat in stats.STATS[:NUM_ROWS]]
-        for row, name in enumerate(names):
-            tap.module.register_buffer(name, own_storage(block[row, site]), persistent=False)
-        _hook(tap, names)
+    """Hook every tap so that its forward writes its rows of ``block``, from `allocate`; ``taps`` from `in_order`."""
+    observe.define(block.device.type)
+    first = 0
+    for _, group in itertools.groupby(taps, key=lambda tap: _position(tap)[:2]):
+        members = list(group)
+        _hook_group(members, _own_storage(block.transpose(0, 1)[first : first + len(members)]))
+        first += len(members)
 
 
-def own_storage(row: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous ``row`` behind a storage that nothing else shares, as far as autograd can tell."""
-    if row.device.type == "cpu":
-        return torch.from_numpy(row.numpy())
-    return torch.as_tensor(_CudaMemory(row), device=row.device)
+def _position(tap: Tap) -> tuple[int, str, int]:
+    """Sort key: the stretch between two attentions, the group in it, the place in the group."""
+    if tap.layer is None:
+        stretch = -1 if tap.name == "embedding" else 1 << 30
+    else:
+        stretch = tap.layer - (tap.name == "attn_input")
+    if tap.reads == "output":
+        # A norm may write over the output of a block: it cannot wait for the others.
+        return stretch, tap.name, 0
+    return stretch, "", _AS_EXECUTED.index(tap.name)
+
+
+def _own_storage(rows: torch.Tensor) -> torch.Tensor:
+    """The memory of contiguous ``rows`` behind a storage that nothing else shares, as far as autograd can tell."""
+    if rows.device.type == "cpu":
+        return torch.from_numpy(rows.numpy())
+    return torch.as_tensor(_CudaMemory(rows), device=rows.device)
 
 
 class _CudaMemory:
-    """Keeps ``row`` alive and shows its memory to `torch.as_tensor`."""
+    """Keeps ``rows`` alive and shows its memory to `torch.as_tensor`."""
 
-    def __init__(self, row: torch.Tensor) -> None:
-        self.row = row
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
         self.__cuda_array_interface__ = {
-            "shape": tuple(row.shape),
+            "shape": tuple(rows.shape),
             "typestr": "<f4",
-            "data": (row.data_ptr(), False),
+            "data": (rows.data_ptr(), False),
             "version": 2,
         }
 
 
-def _hook(tap: Tap, names: list[str]) -> None:
+def _hook_group(taps: Sequence[Tap], rows: torch.Tensor) -> None:
+    last = taps[-1]
+    buffer = f"_maxact_rows_{last.name}"
+    last.module.register_buffer(buffer, rows, persistent=False)
+    pending: Pending = []
+    for index, tap in enumerate(taps):
+        _collect(tap, index, pending)
+    if last.reads != "input":
+        last.module.register_forward_hook(_observing(pending, buffer))
+    elif rows.is_cuda:
+        last.module.register_forward_pre_hook(_forking(pending, buffer))
+        last.module.register_forward_hook(_joining(pending, buffer))
+    else:
+        last.module.register_forward_pre_hook(_observing(pending, buffer))
+
+
+def _collect(tap: Tap, index: int, pending: Pending) -> None:
+    def keep(x: Any) -> None:
+        if any(place == index for place, _ in pending):  # the last site of the group did not run
+            pending.clear()
+        if isinstance(x, torch.Tensor):
+            pending.append((index, _readable(x)))
+
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _observe(module, names, first_tensor(args, kwargs))
+        keep(args[0] if args else next(iter(kwargs.values())))
 
     def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _observe(module, names, pick_output(tap.reads, args, output))
+        if tap.reads == "residual":
+            keep(output[1] if isinstance(output, tuple) else args[0])
+        else:
+            keep(output[0] if isinstance(output, tuple) else output)
 
     if tap.reads == "input":
         tap.module.register_forward_pre_hook(on_input, with_kwargs=True)
@@ -114,25 +154,36 @@ def _hook(tap: Tap, names: list[str]) -> None:
         tap.module.register_forward_hook(on_output)
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an ``input`` tap reads."""
-    return args[0] if args else next(iter(kwargs.values()))
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[..., tokens, width]`` as the operations take it."""
+    x = x if x.ndim == 2 else x.flatten(0, -2)
+    x = x if x.dtype in observe.DTYPES else x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def pick_output(reads: Reads, args: tuple[Any, ...], output: Any) -> Any:
-    """What an ``output`` or ``residual`` tap reads, given a module's arguments and output."""
-    if reads == "output":
-        return output[0] if isinstance(output, tuple) else output
-    return output[1] if isinstance(output, tuple) else args[0]
+def _observing(pending: Pending, buffer: str) -> Callable[..., None]:
+    def hook(module: nn.Module, *_: Any) -> None:
+        torch.ops.maxact.observe([x for _, x in pending], getattr(module, buffer), [place for place, _ in pending])
+        pending.clear()
+
+    return hook
 
 
-def _observe(module: nn.Module, names: list[str], x: Any) -> None:
-    """Write the statistics of ``x`` ``[..., tokens, width]``, any float dtype, to the first rows of four buffers."""
-    if not isinstance(x, torch.Tensor):
-        return
-    if x.ndim != 2:
-        x = x.flatten(0, -2)
-    num_tokens = x.shape[0]
-    wide = x.float()
-    for name, reduced in zip(names, (x.amax(-1), x.amin(-1), (wide * wide).sum(-1), wide.abs().sum(-1)), strict=True):
-        getattr(module, name)[:num_tokens].copy_(reduced)
+def _forking(pending: Pending, buffer: str) -> Callable[..., None]:
+    def hook(module: nn.Module, *_: Any) -> None:
+        torch.ops.maxact.fork([x for _, x in pending], getattr(module, buffer), [place for place, _ in pending])
+
+    return hook
+
+
+def _joining(pending: Pending, buffer: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # The product is an argument so that the join comes behind it.
+        product = output[0] if isinstance(output, tuple) else output
+        torch.ops.maxact.join([*(x for _, x in pending), product], getattr(module, buffer))
+        pending.clear()
+
+    return hook
+
+
+assert set(_AS_EXECUTED) <= set(stats.SITES), "groups are made of known sites"

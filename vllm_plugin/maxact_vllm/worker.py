@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from maxact_proto import wire
-from maxact_vllm import branch, compat, instrument, logger
+from maxact_vllm import compat, logger
 from maxact_vllm.config import Settings
 from maxact_vllm.flush import Flusher
 from maxact_vllm.fold import Folder
-from maxact_vllm.instrument import NUM_ROWS, Tap, allocate, execution_order
+from maxact_vllm.instrument import Tap, allocate, in_order, instrument
+from maxact_vllm.observe import NUM_ROWS
 from maxact_vllm.sites import find_taps
 from maxact_vllm.stream import Outbox, Streamer
 
@@ -46,7 +47,7 @@ class Capture:
         device = torch.device(runner.device)
         block = allocate(len(taps), compat.max_rows(vllm_config), device)
         compat.count_memory(runner, block.nbytes)
-        (branch if device.type == "cuda" else instrument).instrument(taps, block)
+        instrument(taps, block)
         self._folder = Folder(block)
         layout = _layout(taps, vllm_config, settings)
         outbox = Outbox(len(taps))
@@ -169,7 +170,7 @@ def _wanted_taps(runner: Any, vllm_config: Any, settings: Settings) -> list[Tap]
     if not taps:
         names = sorted({tap.name for tap in found})
         raise Unobservable(f"sites {settings.sites!r} match none of {len(found)} sites ({', '.join(names)})")
-    return sorted(taps, key=execution_order)
+    return in_order(taps)
 
 
 def _layout(taps: list[Tap], vllm_config: Any, settings: Settings) -> wire.Layout:
