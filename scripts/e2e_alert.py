@@ -32,6 +32,7 @@ INTERVAL_SECONDS: Final = 0.5
 METRIC_SECONDS: Final = INTERVAL_SECONDS + 0.5
 NOTIFICATION_SECONDS: Final = 15.0
 START_SECONDS: Final = 900.0
+STARTED: Final = time.monotonic()
 RAISED: Final = 'meaning="range"'
 FLAG: Final = f"maxact_headroom_flag{{{RAISED}}}"
 
@@ -82,8 +83,8 @@ def run(folder: Path, stack: ExitStack) -> dict[str, Any]:
 
 
 def say(words: str) -> None:
-    """One line of progress."""
-    print(words, file=sys.stderr, flush=True)
+    """One line of progress, with the seconds since the start of this program."""
+    print(f"[{time.monotonic() - STARTED:5.0f} s] {words}", file=sys.stderr, flush=True)
 
 
 def serve(folder: Path, stack: ExitStack, *, api: str, page: str, receiver: str) -> None:
