@@ -1,8 +1,8 @@
 """Hop 2/9 on a GPU: the kernel of `observe`: one program per (token, site), or fewer that take turns.
 
-At small batches every program starts at once. At large ones half as many programs as the chip has multiprocessors take
-turns, so that the matrix product beside them keeps the other half: measured on an H200 at 256 tokens, +2 % against
-+14 % of a decode step.
+At small batches every program starts at once. At larger ones half as many programs as the chip has multiprocessors take
+turns, so that the matrix product beside them keeps the other half (`benchmarks/gpu_forms.py`, 256 tokens: +2 % of a
+step against +14 %). A prefill's product is shorter than such turns: there all start at once again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ _BLOCK = 4096
 _ALL_AT_ONCE = 128 * 5
 """Programs up to which all start at once."""
 _TAKING_TURNS = 66
+_TURN_TOKENS = 1024
+"""Tokens up to which programs take turns."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -83,7 +85,8 @@ def observe_on_gpu(tensors: list[torch.Tensor], rows: torch.Tensor, sites: list[
     jobs = num_tokens * len(tensors)
     if jobs == 0:
         return
-    _observe_kernel[(jobs if jobs <= _ALL_AT_ONCE else _TAKING_TURNS,)](
+    programs = _TAKING_TURNS if jobs > _ALL_AT_ONCE and num_tokens <= _TURN_TOKENS else jobs
+    _observe_kernel[(programs,)](
         *every,
         *(x.stride(0) for x in every),
         *(x.shape[1] for x in every),
