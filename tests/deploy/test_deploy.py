@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from cloudcoil.models.prometheus_operator import v1 as operator_types
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 OPERATOR_GROUP = "monitoring.coreos.com"
-"""Resources of the Prometheus operator; no schema for them comes with a package."""
+"""Resources of the Prometheus operator: Kubernetes' own schemas do not know them."""
+KUSTOMIZATIONS = sorted(path.parent for path in (DEPLOY / "kubernetes").rglob("kustomization.yaml"))
 
 
 def run_tool(name: str, *arguments: str | Path, cwd: Path = ROOT) -> str:
-    """Output of a program, from this environment or the system; skips the test where it is not installed."""
+    """Output of a program, from this environment or the system; skips the test where it is not installed.
+
+    CI skips nothing but what needs systemd, which containers rarely have.
+    """
     program = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if program is None:
+        assert name == "systemd-analyze" or not os.environ.get("CI"), f"{name} is not installed"
         pytest.skip(f"{name} is not installed")
     done = subprocess.run([program, *arguments], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -38,10 +47,33 @@ def test_hadolint_accepts_the_dockerfiles(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(DEPLOY.glob("docker/*.Dockerfile")), ids=lambda path: path.name)
 def test_dockerfiles_copy_what_exists_and_what_the_build_context_holds(path: Path) -> None:
     ignored = path.with_name(f"{path.name}.dockerignore").read_text()
-    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", path.read_text(), re.MULTILINE):
-        for source in line.split():
-            assert (ROOT / source).exists(), source
-            assert f"!{source}\n" in ignored, f"{source} is kept out of the context"
+    for source in copied(path):
+        assert (ROOT / source).exists(), source
+        assert f"!{source}\n" in ignored, f"{source} is kept out of the context"
+
+
+def copied(dockerfile: Path) -> list[str]:
+    """What a Dockerfile copies out of the build context."""
+    lines = re.findall(r"^COPY (?!--from)(.+) \S+$", dockerfile.read_text(), re.MULTILINE)
+    return [source for line in lines for source in line.split()]
+
+
+def test_what_the_dockerfiles_copy_is_enough_to_build_maxact(tmp_path: Path) -> None:
+    one, other = sorted(DEPLOY.glob("docker/*.Dockerfile"))
+    assert copied(one) == copied(other)
+    context = tmp_path / "context"
+    context.mkdir()
+    for source in copied(one):
+        if (ROOT / source).is_dir():
+            shutil.copytree(ROOT / source, context / source, ignore=shutil.ignore_patterns("node_modules"))
+        else:
+            shutil.copy(ROOT / source, context)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]
+    subprocess.run([*build, context], check=True, capture_output=True, env={**os.environ, "PIP_NO_INDEX": "1"})
+    (wheel,) = tmp_path.glob("maxact-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"maxact_vllm/plugin.py", "maxact_sidecar/page/index.html", "maxact_proto/wire.py"} <= names
+    assert not [name for name in names if "node_modules" in name or "/src/" in name]
 
 
 def test_the_sidecar_image_holds_no_torch_and_little_python() -> None:
@@ -107,16 +139,68 @@ def test_the_sidecar_takes_the_options_of_the_deployments(compose: dict[str, Any
         assert {option.partition("=")[0] for option in command[1:]} <= known
 
 
-@pytest.fixture(scope="module", params=["base", "monitoring", "overlays/monitored"])
-def rendered(request: pytest.FixtureRequest) -> str:
-    return run_tool("kubectl", "kustomize", DEPLOY / "kubernetes" / request.param)
+VLLM_ARGUMENTS = """
+import json, sys
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+for line in sys.stdin:
+    parsed = parser.parse_args(["serve", *json.loads(line)])
+    print(json.dumps([parsed.model_tag, parsed.plugin, parsed.maxact_endpoint]))
+"""
 
 
-def test_every_kustomization_renders_to_valid_resources(rendered: str, tmp_path: Path) -> None:
-    documents = [document for document in yaml.safe_load_all(rendered) if OPERATOR_GROUP not in document["apiVersion"]]
-    path = tmp_path / "rendered.yaml"
-    path.write_text(yaml.safe_dump_all(documents))
-    assert run_tool("kubernetes-validate", "--strict", path).count("passed") == len(documents)
+@pytest.mark.engine
+def test_vllm_takes_the_arguments_of_the_deployments(
+    compose: dict[str, Any], monitored: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    pod = monitored["Deployment", "vllm"]["spec"]["template"]["spec"]
+    commands = [compose["services"]["vllm"]["command"], pod["containers"][0]["args"]]
+    asked = "\n".join(json.dumps(command) for command in commands)
+    command = [sys.executable, "-c", VLLM_ARGUMENTS]
+    done = subprocess.run(command, input=asked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "will be removed" not in done.stderr
+    parsed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    socket = "unix:/run/maxact/grpc.sock"
+    assert parsed == [["${MODEL:-Qwen/Qwen2.5-1.5B-Instruct}", "maxact", socket], ["$(MODEL)", "maxact", socket]]
+
+
+@pytest.fixture(scope="module", params=KUSTOMIZATIONS, ids=lambda path: str(path.relative_to(DEPLOY / "kubernetes")))
+def rendered(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(run_tool("kubectl", "kustomize", request.param)))
+
+
+def is_of_the_operator(document: dict[str, Any]) -> bool:
+    return OPERATOR_GROUP in document["apiVersion"]
+
+
+def test_every_kustomization_renders_to_valid_resources(rendered: list[dict[str, Any]], tmp_path: Path) -> None:
+    documents = [document for document in rendered if not is_of_the_operator(document)]
+    if documents:
+        path = tmp_path / "rendered.yaml"
+        path.write_text(yaml.safe_dump_all(documents))
+        assert run_tool("kubernetes-validate", "--strict", path).count("passed") == len(documents)
+    for document in filter(is_of_the_operator, rendered):
+        assert as_the_operator_reads(document) == document
+
+
+def as_the_operator_reads(document: dict[str, Any]) -> dict[str, Any]:
+    """The resource through the operator's own types: raises on a wrong value, loses what it does not know."""
+    model = getattr(operator_types, document["kind"]).model_validate(document)
+    read: dict[str, Any] = model.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return read
+
+
+def test_the_operators_types_would_see_a_mistake() -> None:
+    monitor = yaml.safe_load((DEPLOY / "kubernetes/monitoring/podmonitor/podmonitor.yaml").read_bytes())
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    endpoint["intervall"] = endpoint.pop("interval")
+    assert as_the_operator_reads(monitor) != monitor
+    endpoint["scheme"] = "gopher"
+    with pytest.raises(ValueError, match="gopher"):
+        as_the_operator_reads(monitor)
 
 
 def test_strict_validation_would_see_a_mistake(tmp_path: Path) -> None:
@@ -163,11 +247,20 @@ def test_monitors_select_the_pods_and_their_port(monitored: dict[tuple[str, str]
     labels = deployment["spec"]["template"]["metadata"]["labels"].items()
     (port,) = deployment["spec"]["template"]["spec"]["initContainers"][0]["ports"]
     pods = monitored["PodMonitor", "maxact"]["spec"]
-    services = yaml.safe_load((DEPLOY / "kubernetes/monitoring/servicemonitor.yaml").read_bytes())["spec"]
+    services = yaml.safe_load((DEPLOY / "kubernetes/monitoring/servicemonitor/servicemonitor.yaml").read_bytes())[
+        "spec"
+    ]
     for monitor, endpoints in ((pods, "podMetricsEndpoints"), (services, "endpoints")):
         assert monitor["selector"]["matchLabels"].items() <= labels
         assert [endpoint["port"] for endpoint in monitor[endpoints]] == [port["name"]]
     assert port["name"] in {entry["name"] for entry in monitored["Service", "vllm"]["spec"]["ports"]}
+
+
+def test_the_annotated_overlay_names_the_port_of_the_sidecar() -> None:
+    text = run_tool("kubectl", "kustomize", DEPLOY / "kubernetes/overlays/annotated")
+    template = next(item for item in yaml.safe_load_all(text) if item["kind"] == "Deployment")["spec"]["template"]
+    (port,) = template["spec"]["initContainers"][0]["ports"]
+    assert template["metadata"]["annotations"]["prometheus.io/port"] == str(port["containerPort"])
 
 
 def test_rules_and_dashboards_are_the_committed_ones(monitored: dict[tuple[str, str], dict[str, Any]]) -> None:
