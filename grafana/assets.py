@@ -18,6 +18,7 @@ from maxact_sidecar.families import FAMILIES, SelfMetrics
 ROOT: Final = Path(__file__).parents[1]
 GRAFANA: Final = ROOT / "grafana"
 RULES: Final = GRAFANA / "rules/maxact.rules.yaml"
+REFERENCE: Final = GRAFANA / "rules/maxact-reference.rules.yaml"
 RULE_TESTS: Final = GRAFANA / "rules/maxact.rules.test.yaml"
 
 DASHBOARDS: Final[dict[str, dict[str, Any]]] = {
@@ -26,6 +27,11 @@ DASHBOARDS: Final[dict[str, dict[str, Any]]] = {
 GROUPS: Final[list[dict[str, Any]]] = yaml.safe_load(RULES.read_bytes())["groups"]
 ALERTS: Final = {rule["alert"]: rule for group in GROUPS for rule in group["rules"] if "alert" in rule}
 RECORDED: Final = {rule["record"]: rule["expr"] for group in GROUPS for rule in group["rules"] if "record" in rule}
+REFERENCE_RULES: Final[list[dict[str, Any]]] = yaml.safe_load(REFERENCE.read_bytes())["groups"][0]["rules"]
+RECORDED_LABELS: Final = {name: None for name in RECORDED} | {
+    rule["record"]: {"checkpoint", "site", "layer"} for rule in REFERENCE_RULES
+}
+"""Series that rules record -> their labels; None: those of what they are made from."""
 
 TARGET_LABELS: Final = {"job", "instance"}
 FOREIGN: Final = {

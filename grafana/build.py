@@ -16,6 +16,7 @@ from grafana.drilldown import site
 from grafana.model import model
 from grafana.overview import overview
 from grafana.own import own
+from grafana.reference import render_rules
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 
 DASHBOARDS = {"overview": overview, "model": model, "site": site, "self": own}
@@ -30,15 +31,15 @@ def render(dashboard: Any) -> str:
     return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
-def prometheus_rule(rules: Path) -> str:
-    """The rules file as a PrometheusRule of the Prometheus operator; the text stays as it is, comments included."""
-    indented = "".join(f"  {line}" if line.strip() else line for line in rules.read_text("utf-8").splitlines(True))
-    head = "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: maxact\nspec:\n"
-    return f"# Generated from {rules.name} by grafana/build.py.\n{head}{indented}"
+def prometheus_rule(name: str, rules: str) -> str:
+    """A rules file as a PrometheusRule of the Prometheus operator; the text stays as it is, comments included."""
+    indented = "".join(f"  {line}" if line.strip() else line for line in rules.splitlines(True))
+    head = f"apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\nmetadata:\n  name: {name}\nspec:\n"
+    return f"# Generated from {name}.rules.yaml by grafana/build.py.\n{head}{indented}"
 
 
 def main() -> None:
-    """Write ``DIR/dashboards/maxact-NAME.json`` and ``DIR/rules/prometheusrule.yaml``."""
+    """Write ``DIR/dashboards/maxact-NAME.json`` and the generated files of ``DIR/rules``."""
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=here)
@@ -47,8 +48,10 @@ def main() -> None:
         (output / folder).mkdir(parents=True, exist_ok=True)
     for name, make in DASHBOARDS.items():
         (output / f"dashboards/maxact-{name}.json").write_text(render(make()), encoding="utf-8")
-    rule = prometheus_rule(here / "rules/maxact.rules.yaml")
-    (output / "rules/prometheusrule.yaml").write_text(rule, encoding="utf-8")
+    rules = {"maxact": (here / "rules/maxact.rules.yaml").read_text("utf-8"), "maxact-reference": render_rules()}
+    (output / "rules/maxact-reference.rules.yaml").write_text(rules["maxact-reference"], encoding="utf-8")
+    for name, text in rules.items():
+        (output / f"rules/{name}.prometheusrule.yaml").write_text(prometheus_rule(name, text), encoding="utf-8")
 
 
 if __name__ == "__main__":

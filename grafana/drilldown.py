@@ -7,7 +7,8 @@ from typing import Any
 from grafana.board import board, place
 from grafana.panels import Column, Query, Text, lines, rows, states, verdict
 from grafana.query import margin, select
-from grafana.scales import FLAG, UP, margin_steps
+from grafana.reference import SERIES
+from grafana.scales import DECADES, FLAG, UP, margin_steps
 
 _NAME = "{{layer}} {{site}}"
 
@@ -176,6 +177,25 @@ def _cards() -> Any:
     return rows(text, [Query(expr=expr)], columns, sort="Model")
 
 
+def _reference() -> Any:
+    text = Text(
+        id=20,
+        title="What other models carry at such sites",
+        description="Largest absmax of 27 open checkpoints at sites of the selected kinds, all layers, and the layer "
+        "it was found in: the reference census (arXiv 2605.15572). Without data: maxact-reference.rules.yaml is not "
+        "loaded, or the census has no such site (it has no inputs of linear layers).",
+        unit="short",
+    )
+    columns = [
+        Column(field="checkpoint", title="Checkpoint"),
+        Column(field="site", title="Site", width=130),
+        Column(field="layer", title="Layer", width=65),
+        Column(field="A", title="Absmax", unit="short", width=110, steps=DECADES),
+    ]
+    query = Query(expr=f'{SERIES}{{site=~"$site"}}')
+    return rows(text, [query], columns, sort="Absmax", descending=True)
+
+
 def site() -> Any:
     """The dashboard."""
     panels = place(
@@ -186,7 +206,7 @@ def site() -> Any:
             (6, [(_flags(), 12), (_ranks(), 12)]),
             (8, [(_signed(), 12), (_bulk(), 12)]),
             (8, [(_crest(), 12), (_nonfinite(), 12)]),
-            (6, [(_cards(), 24)]),
+            (9, [(_cards(), 12), (_reference(), 12)]),
         ]
     )
     description = "One site in depth: its history, phases, limits, thresholds and flags, its workers and its card."

@@ -12,7 +12,9 @@ from grafana.scales import DECADES, NONE_GOOD, OCTAVES, margin_steps
 from maxact_sidecar.headroom import MEANINGS
 
 _LIMITS: Final = {
+    "saturation": "the largest magnitude that the deployed scale represents",
     "range": "the absmax of the calibration card",
+    "resolution": "the largest magnitude at which the bulk still survives rounding",
     "fp16": "the largest finite fp16, 65504",
 }
 """What each meaning of headroom judges against."""

@@ -196,11 +196,12 @@ def run_prometheus(folder: Path, *, target: str, alertmanager: str) -> Iterator[
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
-    rules = yaml.safe_load((GRAFANA / config["rule_files"][0]).read_bytes())
-    for group in rules["groups"]:
-        group.pop("interval", None)
     (folder / "rules").mkdir()
-    (folder / config["rule_files"][0]).write_text(yaml.safe_dump(rules, width=10_000))
+    for name in config["rule_files"]:
+        rules = yaml.safe_load((GRAFANA / name).read_bytes())
+        for group in rules["groups"]:
+            group.pop("interval", None)
+        (folder / name).write_text(yaml.safe_dump(rules, width=10_000))
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     address = f"127.0.0.1:{free_port()}"
     command: list[str | Path] = [

@@ -264,8 +264,9 @@ def test_the_annotated_overlay_names_the_port_of_the_sidecar() -> None:
 
 
 def test_rules_and_dashboards_are_the_committed_ones(monitored: dict[tuple[str, str], dict[str, Any]]) -> None:
-    rules = yaml.safe_load((ROOT / "grafana/rules/maxact.rules.yaml").read_bytes())
-    assert monitored["PrometheusRule", "maxact"]["spec"] == rules
+    for name in ("maxact", "maxact-reference"):
+        rules = yaml.safe_load((ROOT / f"grafana/rules/{name}.rules.yaml").read_bytes())
+        assert monitored["PrometheusRule", name]["spec"] == rules
     for path in (ROOT / "grafana/dashboards").glob("*.json"):
         config = monitored["ConfigMap", path.stem]
         assert config["metadata"]["labels"]["grafana_dashboard"] == "1"

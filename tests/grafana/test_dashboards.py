@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grafana.assets import DASHBOARDS, GRAFANA, RECORDED, ROOT, all_queries, catalogue, queries, selectors
+from grafana.assets import (
+    DASHBOARDS,
+    GRAFANA,
+    RECORDED,
+    RECORDED_LABELS,
+    ROOT,
+    all_queries,
+    catalogue,
+    queries,
+    selectors,
+)
 
 VISIBLE_ROWS = 21
 """Grid rows of 38 px that a 1080p screen shows below browser, navigation and variables (about 280 px)."""
@@ -27,6 +37,7 @@ def test_the_committed_files_are_what_the_code_builds(tmp_path: Path) -> None:
     run_python("-m", "grafana.build", "--output", str(tmp_path))
     built = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.glob("*/*")}
     assert built == {name: (GRAFANA / name).read_text() for name in built}, "run: make dashboards"
+    assert "rules/maxact-reference.rules.yaml" in built
     assert {name for name in built if name.endswith(".json")} == {f"dashboards/{name}.json" for name in DASHBOARDS}
 
 
@@ -138,6 +149,7 @@ def test_threshold_steps_ascend(board: dict[str, Any]) -> None:
 @pytest.mark.parametrize("query", all_queries(), ids=lambda query: query.where)
 def test_every_query_reads_series_and_labels_that_exist(query: Any) -> None:
     known = catalogue()
+    known |= {name: labels for name, labels in RECORDED_LABELS.items() if labels}
     for name, matchers in selectors(query.runnable):
         if name in known:
             assert set(matchers) <= known[name], f"{name} has no label {set(matchers) - known[name]}"

@@ -14,6 +14,7 @@ QUERIES = pytest.mark.parametrize("query", all_queries(), ids=lambda query: quer
 WITHOUT_TARGET = {
     "maxact:drift_ratio:floor": "a constant of the rules",
     "maxact:window_age_seconds:limit": "a constant of the rules",
+    "reference:maxact_absmax:max": "a constant of the rules",
 }
 WITHOUT_INSTANCE = {
     **WITHOUT_TARGET,
