@@ -21,6 +21,8 @@ UIDS: Final = {
 
 COLUMNS: Final = 24
 TAG: Final = "maxact"
+STEP_SECONDS: Final = 60
+"""Resolution of annotations."""
 
 _CHAIN: Final = (
     ("job", "Job", "maxact_build_info", "target", 0, dashboard.VariableSort.ALPHABETICAL_ASC),
@@ -52,26 +54,38 @@ def _variables(depth: int) -> list[Any]:
 
 
 def _annotation(name: str, expr: str, color: str, title: str, text: str, tags: str = "") -> Any:
-    target = prometheus.Dataquery().expr(expr).ref_id("Anno").range().interval("60s").datasource(DATASOURCE)
+    target = (
+        prometheus.Dataquery().expr(expr).ref_id("Anno").range().interval(f"{STEP_SECONDS}s").datasource(DATASOURCE)
+    )
     annotation = builders.AnnotationQuery().name(name).datasource(DATASOURCE).enable(True).icon_color(color)
-    return annotation.target(target).expr(expr).step("60s").title_format(title).text_format(text).tag_keys(tags)
+    return (
+        annotation.target(target)
+        .expr(expr)
+        .step(f"{STEP_SECONDS}s")
+        .title_format(title)
+        .text_format(text)
+        .tag_keys(tags)
+    )
 
 
 def _annotations() -> list[Any]:
     firing = select("ALERTS", "target", 'alertname=~"Maxact.*"', 'alertstate="firing"')
-    cards = newly(select("maxact_card_info", "target"), 60)
-    connected = f"{select('maxact_rank_up', 'target')} == 1"
+    cards = newly(select("maxact_card_info", "target"), STEP_SECONDS)
     return [
         _annotation("Alerts", firing, "red", "{{alertname}}", "{{model_name}} {{layer}} {{site}}", "severity"),
         _annotation("Card changes", cards, "purple", "Card {{card}} in use", "{{model_name}} at {{instance}}"),
         _annotation(
-            "Engine starts",
-            f"({connected}) unless ({select('maxact_rank_up', 'target')} offset 60s == 1)",
-            "blue",
-            "Worker connected",
-            "{{model_name}} engine {{engine}} {{rank}}",
+            "Engine starts", _started(), "blue", "Worker connected", "{{model_name}} engine {{engine}} {{rank}}"
         ),
     ]
+
+
+def _started() -> str:
+    """Workers that connected since the step before, for the first time or after a pause of at least one scrape."""
+    up = select("maxact_rank_up", "target")
+    # Half a step longer than the step: a pause that straddles two steps is seen by the second.
+    paused = f"min_over_time({up}[{STEP_SECONDS * 3 // 2}s]) == 0"
+    return f"{up} == 1 and {paused} or {newly(f'{up} == 1', STEP_SECONDS, before=up)}"
 
 
 def _link(name: str) -> Any:

@@ -31,9 +31,9 @@ def margin(*more: str, scope: Scope = "site", **equal: str) -> str:
     return f"{ratio} / on (job, instance, meaning) group_left () {threshold}"
 
 
-def newly(expression: str, seconds: int) -> str:
-    """Series of ``expression`` that were not there ``seconds`` ago."""
-    return f"{expression} unless {expression} offset {seconds}s"
+def newly(expression: str, seconds: int, *, before: str = "") -> str:
+    """Series of ``expression`` where ``before`` (the same, unless given) had none that many seconds ago."""
+    return f"{expression} unless {before or expression} offset {seconds}s"
 
 
 def quantile(q: float, histogram: str, scope: Scope) -> str:
