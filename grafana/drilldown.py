@@ -6,7 +6,7 @@ from typing import Any
 
 from grafana.board import board, place
 from grafana.panels import Column, Query, Text, lines, rows, states, verdict
-from grafana.query import margin, select
+from grafana.query import MOST_LINES, extreme, select, worst_margin
 from grafana.reference import SERIES
 from grafana.scales import DECADES, FLAG, UP, margin_steps
 
@@ -15,7 +15,13 @@ _NAME = "{{layer}} {{site}}"
 
 def _phased(*metrics: tuple[str, str]) -> list[Query]:
     """A query per (metric, word of the legend)."""
-    return [Query(expr=select(metric, "site"), legend=f"{_NAME} {{{{phase}}}} {word}") for metric, word in metrics]
+    return [
+        Query(
+            expr=extreme(select(metric, "site"), lowest=metric == "maxact_min"),
+            legend=f"{_NAME} {{{{phase}}}} {word}",
+        )
+        for metric, word in metrics
+    ]
 
 
 def _stats() -> list[tuple[Any, int]]:
@@ -43,7 +49,7 @@ def _stats() -> list[tuple[Any, int]]:
         unit="dateTimeFromNow",
     )
     flagged = f"1000 * min by (meaning) ({select('maxact_headroom_flag_since_timestamp_seconds', 'site')})"
-    margins_of = Query(expr=f"min by (meaning) ({margin()})", legend="{{meaning}}")
+    margins_of = Query(expr=f"min by (meaning) ({worst_margin()})", legend="{{meaning}}")
     limits = Query(expr=f"min by (meaning) ({select('maxact_headroom_limit', 'site')})", legend="{{meaning}}")
     return [
         (verdict(margins, [margins_of], steps=margin_steps(), empty="no traffic"), 7),
@@ -62,7 +68,9 @@ def _absmax() -> Any:
         "judged against.",
         unit="short",
     )
-    limit = Query(expr=select("maxact_headroom_limit", "site"), legend=f"limit {_NAME} {{{{meaning}}}}")
+    limit = Query(
+        expr=extreme(select("maxact_headroom_limit", "site"), lowest=True), legend=f"limit {_NAME} {{{{meaning}}}}"
+    )
     queries = [*_phased(("maxact_absmax", "now"), ("maxact_absmax_high_water", "ever")), limit]
     return lines(text, queries, log=True, dashed="/^limit/")
 
@@ -76,7 +84,7 @@ def _headroom() -> Any:
         unit="none",
     )
     queries = [
-        Query(expr=select("maxact_headroom_ratio", "site"), legend=f"{_NAME} {{{{meaning}}}}"),
+        Query(expr=extreme(select("maxact_headroom_ratio", "site"), lowest=True), legend=f"{_NAME} {{{{meaning}}}}"),
         Query(
             expr='max by (meaning) (meaning:maxact_headroom_threshold_ratio:max{job=~"$job"})',
             legend="threshold {{meaning}}",
@@ -94,7 +102,7 @@ def _drift() -> Any:
         unit="percentunit",
     )
     queries = [
-        Query(expr=select("site:maxact_drift_ratio:max1h", "site"), legend=_NAME),
+        Query(expr=extreme(select("site:maxact_drift_ratio:max1h", "site")), legend=_NAME),
         Query(expr="maxact:drift_ratio:floor", legend="near the end of the range"),
     ]
     return lines(text, queries, dashed="/^near/")
@@ -138,13 +146,14 @@ def _nonfinite() -> Any:
         description="Token rows that held a NaN or an infinity; they are in no other panel.",
         unit="cps",
     )
-    rate = f"rate({select('maxact_nonfinite_tokens_total', 'site')}[$__rate_interval])"
+    counter = select("maxact_nonfinite_tokens_total", "site")
+    rate = f"rate({counter}[$__rate_interval]) and topk({MOST_LINES}, {counter} @ end())"
     return lines(text, [Query(expr=rate, legend=f"{_NAME} {{{{phase}}}}")])
 
 
 def _flags() -> Any:
     text = Text(id=17, title="Flags", description="Red while the flag of a site is raised.", unit="none")
-    query = Query(expr=select("maxact_headroom_flag", "site"), legend=f"{_NAME} {{{{meaning}}}}")
+    query = Query(expr=extreme(select("maxact_headroom_flag", "site")), legend=f"{_NAME} {{{{meaning}}}}")
     return states(text, [query], [FLAG])
 
 
@@ -209,5 +218,8 @@ def site() -> Any:
             (9, [(_cards(), 12), (_reference(), 12)]),
         ]
     )
-    description = "One site in depth: its history, phases, limits, thresholds and flags, its workers and its card."
+    description = (
+        "One site in depth: its history, phases, limits, thresholds and flags, its workers and its card. "
+        f"Where more are selected, a panel draws the {MOST_LINES} most extreme series of the time range."
+    )
     return board("site", "maxact / Site", description, depth=6, panels=panels)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from grafana.board import board, place
 from grafana.panels import Query, Text, lines, matrix, verdict
-from grafana.query import LAYERED, margin, select
+from grafana.query import LAYERED, select, worst_margin
 from grafana.scales import DECADES, NONE_GOOD, OCTAVES, margin_steps
 
 from maxact_sidecar.headroom import MEANINGS
@@ -18,6 +18,9 @@ _LIMITS: Final = {
     "fp16": "the largest finite fp16, 65504",
 }
 """What each meaning of headroom judges against."""
+
+_FAR: Final = 99
+"""Largest margin shown: fp16 is often a factor of ten thousand away, and a cell has room for five characters."""
 
 
 def _stats() -> list[tuple[Any, int]]:
@@ -43,7 +46,7 @@ def _stats() -> list[tuple[Any, int]]:
     )
     rate = f"sum by (phase) (rate({select('maxact_tokens_total', 'engine')}[$__rate_interval]))"
     flag = f"sum by (meaning) ({select('maxact_headroom_flag', 'engine')})"
-    by_meaning = Query(expr=f"min by (meaning) ({margin(scope='engine')})", legend="{{meaning}}")
+    by_meaning = Query(expr=f"min by (meaning) ({worst_margin(scope='engine')})", legend="{{meaning}}")
     peak = Query(expr=f"max({select('maxact_absmax', 'engine')})")
     return [
         (verdict(margins, [by_meaning], steps=margin_steps(), empty="no traffic"), 7),
@@ -57,11 +60,13 @@ def _headroom(index: int, meaning: str) -> Any:
     text = Text(
         id=10 + index,
         title=f"Margin to the {meaning} flag: site by layer",
-        description=f"Headroom ratio against {_LIMITS[meaning]}, over the flag's threshold. Red: below 1, the flag is "
-        "raised. Orange: inside the hysteresis. Green: safe.",
+        description=f"Headroom ratio against {_LIMITS[meaning]}, over the flag's threshold; while a flag is "
+        "raised, the worst of the last ten minutes. Red: below 1, the flag is raised. Orange: inside the hysteresis. "
+        f"Green: safe; {_FAR} stands for all that is farther away.",
         unit="none",
     )
-    expr = f"min by (layer, site) ({margin(LAYERED, scope='engine', meaning=meaning)})"
+    margins = worst_margin(LAYERED, scope="engine", meaning=meaning)
+    expr = f"clamp_max(min by (layer, site) ({margins}), {_FAR})"
     return matrix(text, expr, steps=margin_steps(meaning), decimals=2)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from grafana.board import UIDS, board, place
 from grafana.panels import Column, Query, Text, lines, matrix, rows, states, value_mapping, verdict
-from grafana.query import LAYERED, margin, select
+from grafana.query import LAYERED, margin, select, worst_margin, worst_ratio
 from grafana.scales import FLAG, NONE_GOOD, UP, margin_steps
 
 SITE_LINK: Final = (
@@ -38,11 +38,12 @@ def _worst() -> Any:
     text = Text(
         id=2,
         title="Smallest margin",
-        description="Smallest headroom ratio over its threshold, per meaning. Below 1 a flag is raised. range: "
+        description="Smallest headroom ratio over its threshold, per meaning; while a flag is raised, the worst of the "
+        "last ten minutes. Below 1 a flag is raised. range: "
         "against the calibration card; fp16: against the largest finite half.",
         unit="none",
     )
-    query = Query(expr=f"min by (meaning) ({margin()})", legend="{{meaning}}")
+    query = Query(expr=f"min by (meaning) ({worst_margin()})", legend="{{meaning}}")
     return verdict(text, [query], steps=margin_steps(), empty="no traffic")
 
 
@@ -95,12 +96,13 @@ def _heat() -> Any:
     text = Text(
         id=7,
         title="Margin to the range flag: site by layer",
-        description="Calibrated absmax over observed absmax, over the flag's threshold; the smallest of the "
-        "selected engines. Red: below 1, the flag is raised. Orange: inside the hysteresis. Green: "
-        "safe. Embedding and final_norm have no layer and are in the table of the worst sites.",
+        description="Calibrated absmax over observed absmax, over the flag's threshold; the smallest of the selected "
+        "engines; while a flag is raised, the worst of the last ten minutes. Red: below 1, the flag is raised. Orange: "
+        "inside the hysteresis. Green: safe. Embedding and final_norm have no layer and are in the table of the worst "
+        "sites.",
         unit="none",
     )
-    expr = f"min by (layer, site) ({margin(LAYERED, meaning='range')})"
+    expr = f"min by (layer, site) ({worst_margin(LAYERED, meaning='range')})"
     return matrix(text, expr, steps=margin_steps(), decimals=2)
 
 
@@ -108,12 +110,13 @@ def _worst_sites() -> Any:
     text = Text(
         id=8,
         title="Worst sites",
-        description="The fifteen sites and meanings with the smallest margin. Click a site for its history.",
+        description="The fifteen sites and meanings with the smallest margin; while a flag is raised, the worst of "
+        "the last ten minutes. Click a site for its history.",
         unit="none",
     )
-    worst = f"bottomk(15, {margin()})"
+    worst = f"bottomk(15, {worst_margin()})"
     keep = "and on (job, instance, model_name, engine, layer, site, meaning)"
-    absmax = f"{select('maxact_headroom_limit', 'site')} / {select('maxact_headroom_ratio', 'site')}"
+    absmax = f"{select('maxact_headroom_limit', 'site')} / {worst_ratio()}"
     queries = [
         Query(expr=worst),
         Query(expr=f"{absmax} {keep} {worst}"),

@@ -9,6 +9,9 @@ Scope = Literal["target", "engine", "site"]
 LAYERED: Final = 'layer!=""'
 """Matcher of the sites in decoder layers; embedding and final_norm have none."""
 
+MOST_LINES: Final = 24
+"""Series in a panel where every site would be a line."""
+
 _MATCHERS: Final = {
     "target": ("job", "instance"),
     "engine": ("job", "instance", "model_name", "engine"),
@@ -26,9 +29,28 @@ def select(metric: str, scope: Scope, *more: str, **equal: str) -> str:
 
 def margin(*more: str, scope: Scope = "site", **equal: str) -> str:
     """Headroom ratio over the threshold of its meaning: below 1 the flag is raised, whatever the threshold is."""
+    return _over_threshold(select("maxact_headroom_ratio", scope, *more, **equal))
+
+
+def _over_threshold(ratio: str) -> str:
+    return f"{ratio} / on (job, instance, meaning) group_left () {select('maxact_headroom_threshold_ratio', 'target')}"
+
+
+def worst_ratio(*more: str, scope: Scope = "site", **equal: str) -> str:
+    """Headroom ratio of now; while a flag is raised the worst of ten minutes, so that its site shows the reason."""
     ratio = select("maxact_headroom_ratio", scope, *more, **equal)
-    threshold = select("maxact_headroom_threshold_ratio", "target")
-    return f"{ratio} / on (job, instance, meaning) group_left () {threshold}"
+    return f"(min_over_time({ratio}[10m]) and {select('maxact_headroom_flag', scope, *more, **equal)} == 1 or {ratio})"
+
+
+def worst_margin(*more: str, scope: Scope = "site", **equal: str) -> str:
+    """`worst_ratio` over the threshold of its meaning."""
+    return _over_threshold(worst_ratio(*more, scope=scope, **equal))
+
+
+def extreme(series: str, *, lowest: bool = False) -> str:
+    """Of many series those with the largest (lowest) values of the time range, so that All stays readable."""
+    keep, over = ("bottomk", "min_over_time") if lowest else ("topk", "max_over_time")
+    return f"{series} and {keep}({MOST_LINES}, {over}({series}[$__range] @ end()))"
 
 
 def newly(expression: str, seconds: int, *, before: str = "") -> str:

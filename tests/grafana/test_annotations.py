@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from grafana.assets import DASHBOARDS, queries
+from promql import gives
 
 pytestmark = [
     pytest.mark.server,
@@ -23,20 +22,13 @@ WORKER = '{job="maxact", instance="s", model_name="m", engine="0", rank="pp0tp0"
 
 def marked(expr: str, series: str, samples: list[str], folder: Path) -> list[int]:
     """Steps (in minutes) at which an annotation marks a series that had these values, a scrape each."""
-    return [step for step in range(1, 10) if holds(expr, series, samples, step, folder)]
-
-
-def holds(expr: str, series: str, samples: list[str], step: int, folder: Path) -> bool:
-    question = {"expr": f"count({expr}) or vector(0)", "eval_time": f"{step * STEP_SECONDS}s"}
-    given = {"series": series, "values": " ".join(samples)}
-    test = {
-        "interval": f"{SCRAPE_SECONDS}s",
-        "input_series": [given],
-        "promql_expr_test": [{**question, "exp_samples": [{"labels": "{}", "value": 1}]}],
-    }
-    path = folder / "annotation.json"
-    path.write_text(json.dumps({"rule_files": [], "evaluation_interval": "1m", "tests": [test]}))
-    return subprocess.run(["promtool", "test", "rules", path], capture_output=True).returncode == 0
+    given = {series: " ".join(samples)}
+    counted = f"count({expr}) or vector(0)"
+    return [
+        step
+        for step in range(1, 10)
+        if gives(counted, 1, series=given, at_seconds=step * STEP_SECONDS, scrape=SCRAPE_SECONDS, folder=folder)
+    ]
 
 
 @pytest.mark.parametrize("before", range(16, 20), ids=lambda scrapes: f"after-{scrapes}-scrapes")

@@ -1,0 +1,22 @@
+"""Asks promtool what an expression gives for chosen samples."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def gives(expr: str, value: float, *, series: Mapping[str, str], at_seconds: int, scrape: int, folder: Path) -> bool:
+    """True where ``expr``, of one series without labels, has this value ``at_seconds``. ``series``: name -> samples."""
+    test = {
+        "interval": f"{scrape}s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {"expr": expr, "eval_time": f"{at_seconds}s", "exp_samples": [{"labels": "{}", "value": value}]}
+        ],
+    }
+    path = folder / "promql.json"
+    path.write_text(json.dumps({"rule_files": [], "evaluation_interval": "1m", "tests": [test]}))
+    return subprocess.run(["promtool", "test", "rules", path], capture_output=True).returncode == 0
