@@ -17,10 +17,11 @@ from torch import nn
 
 from maxact_proto import stats, wire
 from maxact_proto.v1 import telemetry_pb2 as pb
+from maxact_vllm.buffers import allocate
 from maxact_vllm.compat import Step
 from maxact_vllm.flush import Flusher
 from maxact_vllm.fold import Folder
-from maxact_vllm.instrument import Tap, allocate, instrument
+from maxact_vllm.instrument import Tap, instrument
 from maxact_vllm.stream import Outbox, Streamer
 
 ROOT = Path(__file__).parents[1]
@@ -55,15 +56,15 @@ def test_a_planted_value_arrives_unchanged_at_every_hop(  # noqa: PLR0915  (the 
 
     # Hop 2: tensor -> row of the site, one float per token and statistic.
     module = Residual()
-    block = allocate(1, 64, torch.device("cpu"))
-    instrument(
-        [Tap(layer=LAYER, name="hidden", path="layers.12.norm", module=module, reads="output", width=WIDTH)], block
-    )
-    folder = Folder(block)
+    buffers = allocate(1, 64, torch.device("cpu"))
+    block = buffers.block
+    tap = Tap(layer=LAYER, name="hidden", path="layers.12.norm", module=module, reads="output", width=WIDTH)
+    instrument([tap], buffers)
+    folder = Folder(buffers)
     outbox = Outbox(1)
     site = wire.Site(layer=LAYER, name="hidden", width=WIDTH, sharded=False)
     layout = wire.Layout(model="one-number", engine="0", instance="test", sites=(site,), interval_seconds=3600.0)
-    flusher = Flusher(folder.accumulators, layout, outbox.put)
+    flusher = Flusher(folder.accumulators, buffers.histograms, layout, outbox.put)
     streamer = Streamer(sidecar.grpc, layout, outbox)
     streamer.start()
 

@@ -57,6 +57,17 @@ NUM_EXTREMA: Final = 2
 PHASES: Final = ("first", "prefill", "decode")
 FIRST, PREFILL, DECODE = range(len(PHASES))
 
+NUM_BINS: Final = 64
+"""Of the histogram of ``|x|`` that is kept per site: halves of octaves, each octave halved at 1.5 times its start."""
+LOWEST_OCTAVE: Final = -22
+"""The first bin begins at 2^-22 and holds everything below as well; the last, from 1.5 x 2^9, everything above."""
+BIN_EDGES: Final = np.array(
+    [2.0**octave * start for octave in range(LOWEST_OCTAVE, LOWEST_OCTAVE + NUM_BINS // 2) for start in (1.0, 1.5)]
+)
+"""Where each bin begins, ``[NUM_BINS]``."""
+SAMPLE_EVERY: Final = 64
+"""Of the token rows of a step, one in so many is counted in the histogram, at least one, with its weight."""
+
 SITES: Final = {
     "embedding": "token embedding output",
     "hidden": "residual stream after a decoder layer",

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from maxact_proto import stats
 from maxact_proto.v1 import telemetry_pb2 as pb
@@ -19,12 +20,16 @@ from maxact_proto.v1 import telemetry_pb2 as pb
 MAX_SITES = 20_000
 MAX_STRING = 512
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""gRPC limit of both ends: 20,000 sites x 3 phases x (5 + 2) floats are 1.7 MB."""
+"""gRPC limit of both ends: 20,000 sites x (3 phases x (5 + 2) + 64 bins) floats are 6.8 MB."""
 
 MAX_COUNT = 2**53
 """Counters are float64 in the end."""
 
 _FLOAT32 = np.dtype("<f4")
+
+
+Histogram = npt.NDArray[np.float32]
+"""float32 ``[num_sites, stats.NUM_BINS]``: elements by magnitude, estimated from a sample, all phases together."""
 
 
 class WireError(ValueError):
@@ -90,6 +95,8 @@ class Window:
     lifetime: stats.Values
     """float32 ``[num_phases, num_sites, 2]``: (max, min) since the worker started."""
     coalesced: int = 0
+    histogram: Histogram | None = None
+    """Elements by magnitude since the last window that had one; None in most."""
 
 
 def encode_layout(layout: Layout) -> pb.StreamRequest:
@@ -109,6 +116,7 @@ def encode_layout(layout: Layout) -> pb.StreamRequest:
         phases=stats.PHASES,
         interval_seconds=layout.interval_seconds,
         model_type=layout.model_type,
+        histogram_bins=stats.NUM_BINS,
     )
     for site in layout.sites:
         message.sites.add(layer=site.layer, name=site.name, width=site.width, sharded=site.sharded, module=site.module)
@@ -124,6 +132,8 @@ def decode_layout(message: pb.Layout) -> Layout:
             f"worker sends {list(message.stats)} x {list(message.phases)}, this sidecar reads {names} x "
             f"{list(stats.PHASES)}: run the same maxact version on both sides",
         )
+    if message.histogram_bins != stats.NUM_BINS:
+        raise WireError("layout.histogram_bins", f"{message.histogram_bins}, this sidecar reads {stats.NUM_BINS}")
     if not 0 < len(message.sites) <= MAX_SITES:
         raise WireError("layout.sites", f"{len(message.sites)} sites, allowed are 1 to {MAX_SITES}")
     if not (math.isfinite(message.interval_seconds) and message.interval_seconds > 0):
@@ -190,6 +200,7 @@ def encode_window(window: Window) -> pb.StreamRequest:
             values=np.ascontiguousarray(window.values, _FLOAT32).tobytes(),
             lifetime=np.ascontiguousarray(window.lifetime, _FLOAT32).tobytes(),
             coalesced=window.coalesced,
+            histogram=b"" if window.histogram is None else window.histogram.astype(_FLOAT32).tobytes(),
         )
     )
 
@@ -216,7 +227,18 @@ def decode_window(message: pb.Window, num_sites: int) -> Window:
         values=_array("window.values", message.values, (len(stats.PHASES), num_sites, len(stats.STATS))),
         lifetime=_array("window.lifetime", message.lifetime, (len(stats.PHASES), num_sites, stats.NUM_EXTREMA)),
         coalesced=message.coalesced,
+        histogram=_histogram(message.histogram, num_sites) if message.histogram else None,
     )
+
+
+def _histogram(data: bytes, num_sites: int) -> Histogram:
+    expected = num_sites * stats.NUM_BINS * _FLOAT32.itemsize
+    if len(data) != expected:
+        raise WireError("window.histogram", f"{len(data)} bytes, {expected} expected for {num_sites} sites")
+    counts: Histogram = np.frombuffer(data, _FLOAT32).reshape(num_sites, stats.NUM_BINS)
+    if not (counts.min() >= 0 and counts.max() < np.inf):
+        raise WireError("window.histogram", "holds a NaN, an infinity or a negative count")
+    return counts
 
 
 def _array(field: str, data: bytes, shape: tuple[int, ...]) -> stats.Values:

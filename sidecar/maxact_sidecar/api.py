@@ -73,6 +73,8 @@ class SiteView(BaseModel):
     absmax: float | None
     absmax_high_water: float | None
     headroom: dict[str, float | None]
+    int8_zeroed_ratio: float | None
+    int8_sqnr_db: float | None
 
 
 class FlagView(BaseModel):
@@ -153,6 +155,7 @@ def _view_engine_sites(snapshot: Snapshot) -> list[SiteView]:
         "absmax_high_water": snapshot.high_water,
     }
     tokens, nonfinite = hold.sums[merge.TOKENS], snapshot.nonfinite
+    zeroed, sqnr = snapshot.int8_zeroed_ratio, snapshot.int8_sqnr_db
     peak, high_water, headroom = snapshot.absmax, snapshot.high_water.max(axis=0), snapshot.headroom_ratio
     return [
         SiteView(
@@ -173,6 +176,8 @@ def _view_engine_sites(snapshot: Snapshot) -> list[SiteView]:
             absmax=_known(peak[index]),
             absmax_high_water=_known(high_water[index]),
             headroom={meaning: _known(headroom[row, index]) for row, meaning in enumerate(MEANINGS)},
+            int8_zeroed_ratio=_known(zeroed[index]),
+            int8_sqnr_db=_known(sqnr[index]),
         )
         for index, (layer, name) in enumerate(snapshot.keys)
     ]

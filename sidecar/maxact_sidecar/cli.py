@@ -18,7 +18,7 @@ from maxact_sidecar.client import ClientError, ask
 from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP, ConfigError, make_settings
 from maxact_sidecar.headroom import MEANINGS
 
-_RANGE, _FP16 = MEANINGS["range"].raise_below, MEANINGS["fp16"].raise_below
+_RANGE, _FP16, _RESOLUTION = (meaning.raise_below for meaning in MEANINGS.values())
 
 
 def sidecar(
@@ -39,6 +39,9 @@ def sidecar(
     fp16_threshold: Annotated[
         float, typer.Option(metavar="R", help="Raise an fp16 flag below this headroom ratio.")
     ] = _FP16,
+    resolution_threshold: Annotated[
+        float, typer.Option(metavar="R", help="Raise a resolution flag below this headroom ratio.")
+    ] = _RESOLUTION,
     max_series: Annotated[
         int, typer.Option(metavar="N", help="Series per scrape; more are dropped and counted.")
     ] = 200_000,
@@ -66,6 +69,7 @@ def sidecar(
             flag_hold=flag_hold,
             range_threshold=range_threshold,
             fp16_threshold=fp16_threshold,
+            resolution_threshold=resolution_threshold,
             max_series=max_series,
             max_streams=max_streams,
             insecure=insecure,

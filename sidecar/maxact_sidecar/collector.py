@@ -21,7 +21,7 @@ from maxact_proto import stats
 from maxact_sidecar import merge
 from maxact_sidecar.card import LoadedCard
 from maxact_sidecar.config import Settings
-from maxact_sidecar.families import ENGINE, FAMILIES, JUDGED, PHASED, RANK, Family, SelfMetrics
+from maxact_sidecar.families import ENGINE, FAMILIES, JUDGED, PHASED, RANK, SITE, Family, SelfMetrics
 from maxact_sidecar.headroom import MEANINGS, Floats
 from maxact_sidecar.state import SiteKey, Snapshot
 
@@ -94,9 +94,9 @@ class Collector:
         self, family: Family, snapshots: Sequence[Snapshot], labels: list[_Labels], cards: Sequence[LoadedCard]
     ) -> Iterable[tuple[Sequence[str], Floats]]:
         """Label sets and values; NaN where there is no series."""
-        if family.labels in (PHASED, JUDGED):
+        if family.labels in (SITE, PHASED, JUDGED):
             for snapshot, own in zip(snapshots, labels, strict=True):
-                sets = own.phased if family.labels == PHASED else own.judged
+                sets = {SITE: own.sites, PHASED: own.phased, JUDGED: own.judged}[family.labels]
                 yield sets, _SITE_VALUES[family.name](snapshot).ravel()
         elif family.labels in (RANK, ENGINE, (*ENGINE, "phase")):
             for snapshot in snapshots:
@@ -112,11 +112,11 @@ class Collector:
 
 
 class _Labels:
-    """The label sets of one engine's sites, in the order of ``[phases, sites]`` and ``[meanings, sites]``."""
+    """The label sets of one engine's sites, in the order of ``[sites]``, ``[phases, sites]``, ``[meanings, sites]``."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.keys = snapshot.keys
-        sites = [_site_labels(snapshot, key) for key in snapshot.keys]
+        self.sites = sites = [_site_labels(snapshot, key) for key in snapshot.keys]
         self.phased = [f'{site},phase="{phase}"' for phase in stats.PHASES for site in sites]
         self.judged = [f'{site},meaning="{meaning}"' for meaning in MEANINGS for site in sites]
 
@@ -154,6 +154,8 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
     "maxact_rms": lambda snapshot: snapshot.hold.rms,
     "maxact_mean_abs": lambda snapshot: snapshot.hold.mean_abs,
     "maxact_crest_ratio": lambda snapshot: snapshot.hold.crest_ratio,
+    "maxact_int8_zeroed_ratio": lambda snapshot: snapshot.int8_zeroed_ratio,
+    "maxact_int8_sqnr_db": lambda snapshot: snapshot.int8_sqnr_db,
     "maxact_nonfinite_tokens_total": _nonfinite,
     "maxact_headroom_ratio": lambda snapshot: snapshot.headroom_ratio,
     "maxact_headroom_limit": lambda snapshot: np.where(snapshot.judged, snapshot.limit, np.nan),
@@ -162,7 +164,7 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
         snapshot.active, snapshot.flags["since"], np.nan
     ),
 }
-"""``[phases, sites]`` or ``[meanings, sites]``; what is not finite has no series."""
+"""``[sites]``, ``[phases, sites]`` or ``[meanings, sites]``; what is not finite has no series."""
 
 
 def _engine_series(name: str, snapshot: Snapshot) -> tuple[list[str], Floats]:

@@ -105,6 +105,8 @@ class Settings(BaseModel):
     """Headroom ratio under which a ``range`` flag is raised."""
     fp16_threshold: float = Field(default=MEANINGS["fp16"].raise_below, gt=0)
     """Headroom ratio under which an ``fp16`` flag is raised."""
+    resolution_threshold: float = Field(default=MEANINGS["resolution"].raise_below, gt=0)
+    """Headroom ratio under which a ``resolution`` flag is raised."""
     insecure: bool = False
     """Allow addresses that other machines can reach, without encryption or authentication."""
     max_streams: int = Field(default=1024, ge=1)

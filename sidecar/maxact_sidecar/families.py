@@ -33,7 +33,7 @@ class Family:
     @property
     def format(self) -> str:
         """Of a value: nine digits hold every float32 and take a third of the time; counts and times need more."""
-        return "%.9g" if self.unit in ("activation", "ratio") else "%r"
+        return "%.9g" if self.unit in ("activation", "ratio", "dB") else "%r"
 
 
 FAMILIES: Final = (
@@ -67,6 +67,20 @@ FAMILIES: Final = (
     ),
     Family("maxact_headroom_ratio", "gauge", JUDGED, "ratio", "Limit / absmax over the hold horizon; < 1: beyond it"),
     Family("maxact_headroom_limit", "gauge", JUDGED, "activation", "Limit that the site is judged against"),
+    Family(
+        "maxact_int8_zeroed_ratio",
+        "gauge",
+        SITE,
+        "ratio",
+        "Share of elements that round to zero at the INT-8 scale absmax / 127, estimated from a sample",
+    ),
+    Family(
+        "maxact_int8_sqnr_db",
+        "gauge",
+        SITE,
+        "dB",
+        "Signal to quantization noise of INT-8 at the scale absmax / 127, estimated from a sample",
+    ),
     Family("maxact_nonfinite_tokens_total", "counter", PHASED, "tokens", "Token rows holding a NaN or an infinity"),
     Family("maxact_absmax", "gauge", PHASED, "activation", "Largest magnitude over the hold horizon"),
     Family("maxact_absmax_high_water", "gauge", PHASED, "activation", "Largest magnitude ever seen"),

@@ -5,6 +5,8 @@ every meaning has its own limit:
 
 - ``range``: the absmax of a calibration card, all phases. Below 1 the traffic left what was calibrated.
 - ``fp16``: 65504, the largest finite half. Below 1 an fp16 run of this model would have overflowed.
+- ``resolution``: the absmax at whose INT-8 scale half of the elements of a linear layer's input round to zero. Below 1
+  more than half do, at the scale that the absmax of this very window would need.
 
 A flag is raised when a window's ratio falls below the raise threshold, so that one spike shows at once, and cleared
 when the ratio over the hold horizon is back at the clear threshold *and* the flag has been up for its minimum time.
@@ -47,6 +49,8 @@ MEANINGS: Final = {
     "range": Threshold(raise_below=0.9, clear_at=1.0),
     # A quarter of an octave below overflow: the next few percent of growth are not waited for.
     "fp16": Threshold(raise_below=1.25, clear_at=1.5),
+    # At 1 the median element is at the edge of rounding to zero: what is left of the tensor is its outliers.
+    "resolution": Threshold(raise_below=1.0, clear_at=1.25),
 }
 """In the order of every ``[M, ...]`` array."""
 

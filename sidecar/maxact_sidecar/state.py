@@ -17,12 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from maxact_proto import stats, wire
-from maxact_sidecar import headroom, merge
+from maxact_sidecar import headroom, merge, resolution
 from maxact_sidecar.config import Settings
-from maxact_sidecar.headroom import FP16_LIMIT, Evidence, Flags, Instant
+from maxact_sidecar.headroom import FP16_LIMIT, Evidence, Flags, Floats, Instant
 
 SiteKey = tuple[int | None, str]
 """(layer, site name)."""
+
+_HISTOGRAM_SECONDS = 300.0
+"""Horizon of histograms: a sample needs time, and shapes change slowly."""
+_FEWEST_TOKENS = 256
+"""Before so many are counted a median is not judged by."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +72,8 @@ class Snapshot:
     windows: int
     coalesced: int
     ranks: tuple[RankSnapshot, ...]
+    histogram: npt.NDArray[np.float32]
+    """``[S, bins]``: elements by magnitude over the last minutes, all phases."""
     limit: npt.NDArray[np.float64]
     """``[M, S]``: NaN where not judged."""
     flags: headroom.FlagTable
@@ -77,6 +84,18 @@ class Snapshot:
         """``[S]``: over the hold horizon, all phases; NaN without tokens."""
         absmax = _peak(self.hold.extrema)
         return np.where(np.isfinite(absmax), absmax, np.float32(np.nan))
+
+    @property
+    def int8_zeroed_ratio(self) -> Floats:
+        """``[S]``: share of elements that round to zero at the scale absmax / 127; NaN where nothing was counted."""
+        return resolution.zeroed_ratio(self.histogram, self.absmax / resolution.INT8_QMAX)
+
+    @property
+    def int8_sqnr_db(self) -> Floats:
+        """``[S]``: signal to noise of INT-8 at the scale absmax / 127; NaN where nothing was counted."""
+        elements = self.hold.elements.sum(axis=0)
+        power = self.hold.sums[merge.SQUARES].sum(axis=0) / np.where(elements > 0, elements, np.nan)
+        return resolution.sqnr_db(power, resolution.noise_power(self.histogram, self.absmax / resolution.INT8_QMAX))
 
     @property
     def headroom_ratio(self) -> npt.NDArray[np.float64]:
@@ -129,6 +148,9 @@ class Engine:
         self._nonfinite = np.zeros((len(stats.PHASES), 0))
         self._tokens = np.zeros(len(stats.PHASES), np.int64)
         self._windows = self._coalesced = 0
+        self._histograms = [_no_histogram(0), _no_histogram(0)]
+        """Two halves of their horizon, the older first."""
+        self._histogram_period = 0
 
     @property
     def is_alias(self) -> bool:
@@ -164,6 +186,7 @@ class Engine:
         # New arrays: a snapshot may still hold the old ones.
         self._nonfinite = self._nonfinite + total.sums[merge.NONFINITE]
         self._tokens = self._tokens + self._worker_tokens()
+        self._histograms = [_no_histogram(len(self._positions)) for _ in range(2)]
         self._ranks.clear()
         self.instance = layout.instance
         self.layout = layout
@@ -176,6 +199,7 @@ class Engine:
         pad = ((0, 0), (0, len(self._positions) - self._high_water.shape[1]))
         self._high_water = np.pad(self._high_water, pad, constant_values=-np.inf)
         self._nonfinite = np.pad(self._nonfinite, pad)
+        self._histograms = [np.pad(half, (pad[1], (0, 0))) for half in self._histograms]
         self._set_limits()
         # A slice is a view; an index array copies. One rank, and ranks in pipeline order, have contiguous sites.
         contiguous = (np.diff(index) == 1).all()
@@ -198,7 +222,12 @@ class Engine:
     def _set_limits(self) -> None:
         num_sites = len(self._positions)
         of_card = [self._range_limits.get(key, np.nan) for key in self._positions]
-        self._flags.set_limits(np.array([of_card, [FP16_LIMIT] * num_sites]))
+        quantized = [name in resolution.INPUTS_OF_LINEAR_LAYERS for _, name in self._positions]
+        histogram = np.add(*self._histograms)
+        widths = np.array([site.width for site in self._sites] + [np.inf] * (num_sites - len(self._sites)))
+        enough = histogram.sum(axis=-1) >= _FEWEST_TOKENS * widths
+        of_median = np.where(quantized & enough, resolution.median_limit(histogram), np.nan)
+        self._flags.set_limits(np.array([of_card, [FP16_LIMIT] * num_sites, of_median]))
 
     def set_range_limits(self, limits: Mapping[SiteKey, float], now: Instant) -> None:
         """Judge ``range`` against these from now on, what is in the hold horizon included."""
@@ -223,9 +252,22 @@ class Engine:
             extrema = rank.merge(window, self._period(now), now.wall)
             self._windows += 1
             self._coalesced += window.coalesced
+            if window.histogram is not None:
+                self._add_histogram(window.histogram, rank.index, now)
             raised = self._flags.observe(extrema, rank.index, now)
         self._announce("raised", raised)
         return True
+
+    def _add_histogram(self, histogram: wire.Histogram, index: headroom.Index, now: Instant) -> None:
+        """Shards add up; what several ranks counted of a whole tensor changes no share."""
+        period = int(now.steady // (_HISTOGRAM_SECONDS / 2))
+        if period != self._histogram_period:
+            fresh = _no_histogram(len(self._positions))
+            adjacent = period == self._histogram_period + 1
+            self._histograms = [self._histograms[-1] if adjacent else fresh.copy(), fresh]
+            self._histogram_period = period
+        self._histograms[-1][index] += histogram
+        self._set_limits()
 
     def settle(self, now: Instant) -> None:
         """Clear flags whose time has come."""
@@ -261,6 +303,7 @@ class Engine:
                 windows=self._windows,
                 coalesced=self._coalesced,
                 ranks=tuple(_rank_snapshot(rank) for rank in ranks),
+                histogram=np.add(*self._histograms),
                 limit=flags.limit,
                 flags=flags.table.copy(),
             )
@@ -298,6 +341,10 @@ class Engine:
                 *(event, flag.meaning, self.model, self.label, "-" if layer is None else layer, name),
                 *(flag.phase, flag.absmax, flag.limit, flag.headroom_ratio, flag.threshold),
             )
+
+
+def _no_histogram(num_sites: int) -> wire.Histogram:
+    return np.zeros((num_sites, stats.NUM_BINS), np.float32)
 
 
 _NOTHING = merge.merge_ranks([], 0)

@@ -17,12 +17,14 @@ from typing import Any
 
 import grpc
 import httpx
+import numpy as np
 import pytest
 from processes import Sidecar, free_port, program, wait_for
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
-from workers import MODEL, Worker, layout, window
+from workers import MODEL, SITES, Worker, layout, window
 
+from maxact_proto import stats
 from maxact_sidecar.families import FAMILIES, PHASED
 
 GOLDEN = Path(__file__).with_name("metrics.txt")
@@ -67,7 +69,7 @@ def test_promtool_finds_nothing_to_say_about_the_metrics(sidecar: Sidecar) -> No
 
 def test_every_family_of_the_catalogue_appears_with_its_labels(sidecar: Sidecar) -> None:
     worker = sidecar.connect()
-    worker.send([1.5, 6e4, 3.25])
+    worker.send([1.5, 6e4, 3.25], histogram=np.ones((len(SITES), stats.NUM_BINS), np.float32))
     card = sidecar.get("card")
     httpx.post(f"{sidecar.url}/api/v1/cards", json=card).raise_for_status()
     text = sidecar.scrape()

@@ -36,6 +36,7 @@ class Run:
 def run_engine(spec: dict[str, Any], folder: Path, **environ: str) -> Run:
     """Run `run_engine.py` with a receiver beside it; ``spec["maxact"]`` are the plugin's settings."""
     with Listening() as listening:
+        environ |= spec.pop("environ", {})
         own = {"endpoint": listening.endpoint, "interval": 0.2} | spec.pop("maxact", {})
         llm = {"max_num_seqs": 64, "enable_prefix_caching": False, "disable_log_stats": True} | spec["llm"]
         llm["additional_config"] = {"maxact": own}

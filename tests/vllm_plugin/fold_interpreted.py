@@ -6,9 +6,9 @@ import numpy as np
 import torch
 
 from maxact_proto import stats
-from maxact_vllm.fold import fold
-from maxact_vllm.fold_kernel import fold_on_gpu
-from maxact_vllm.observe import NUM_ROWS
+from maxact_vllm.buffers import NUM_ROWS
+from maxact_vllm.fold import reference
+from maxact_vllm.fold_gpu import fold
 
 NUM_SITES, PADDED = 3, 1152
 
@@ -32,9 +32,9 @@ def check(num_tokens: int, phases: int | np.ndarray, rng: np.random.Generator) -
     expected_block, expected = block.clone(), torch.from_numpy(stats.empty(NUM_SITES))
     values = expected.clone()
     for _ in range(2):
-        fold(expected_block, num_tokens, phases, expected)
-        codes = phases if isinstance(phases, int) else torch.from_numpy(phases)
-        fold_on_gpu(block, num_tokens, codes, values)
+        codes = torch.from_numpy(np.atleast_1d(np.int8(phases)))
+        reference(expected_block, expected, codes, num_tokens)
+        fold(block, values, codes, num_tokens)
         block[stats.MAX, 2, :num_tokens] = expected_block[stats.MAX, 2, :num_tokens] = 5.0
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=0)
     assert torch.equal(values[..., : stats.NUM_EXTREMA], expected[..., : stats.NUM_EXTREMA])

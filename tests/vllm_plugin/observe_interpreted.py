@@ -5,20 +5,25 @@ from __future__ import annotations
 import torch
 
 from maxact_proto import stats
-from maxact_vllm.observe import NUM_ROWS, reference
-from maxact_vllm.observe_gpu import observe_on_gpu
+from maxact_vllm.buffers import NUM_ROWS
+from maxact_vllm.observe import reference, sampled
+from maxact_vllm.observe_gpu import observe
 
 
-def check(num_tokens: int, widths: list[int], dtype: torch.dtype) -> None:
+def check(num_tokens: int, real: int, widths: list[int], dtype: torch.dtype) -> None:
     """One group, its sites in another order than its tensors, a NaN and an infinity among the values."""
     tensors = [torch.randn(num_tokens, width + 1).to(dtype)[:, :width] for width in widths]
     tensors[0][0, 0] = torch.nan
     tensors[-1][-1, -1] = torch.inf
-    rows = torch.full((len(widths) + 1, NUM_ROWS, 64), -7.0)
-    expected = rows.clone()
+    rows = torch.full((len(widths) + 1, NUM_ROWS, 256), -7.0)
+    histograms = torch.ones(len(widths) + 1, stats.NUM_BINS, dtype=torch.int64)
+    expected, counted = rows.clone(), histograms.clone()
     sites = list(range(len(widths), 0, -1))
-    reference(tensors, expected, sites)
-    observe_on_gpu(tensors, rows, sites)
+    sampling = torch.tensor([sampled(real, 1) if real else 0])
+    reference(tensors, expected, counted, sampling, sites)
+    observe(tensors, rows, histograms, sampling, sites)
+    assert torch.equal(histograms, counted)
+    assert (counted.sum() > counted.numel()) == (real > 0)
     assert torch.isnan(rows[sites[0], stats.MAX, 0])
     broken = torch.isnan(expected[:, stats.MAX])
     rows[:, stats.MIN][broken] = expected[:, stats.MIN][broken] = 0
@@ -28,7 +33,8 @@ def check(num_tokens: int, widths: list[int], dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    check(1, [16], torch.float32)
-    check(3, [64, 64, 100, 64, 4100], torch.bfloat16)
-    check(33, [7, 64, 128, 64, 64, 64, 64, 64], torch.float16)
+    check(2, 2, [16, 16], torch.float32)
+    check(3, 2, [64, 64, 100, 64, 4100], torch.bfloat16)
+    check(33, 0, [7, 64, 128, 64, 64, 64, 64, 64], torch.float16)
+    check(140, 130, [7, 64], torch.bfloat16)
     print("kernel and reference agree")

@@ -49,6 +49,14 @@ class Receiver(telemetry_pb2_grpc.TelemetryServiceServicer):
         counts: list[int] = np.sum([window.tokens for window in self.windows[rank][since:]], axis=0).tolist()
         return counts
 
+    def histogram(self, rank: str = "pp0tp0") -> Any:
+        """Histograms of a rank added up, float64 ``[sites, bins]``."""
+        return np.sum([w.histogram for w in self.windows[rank] if w.histogram is not None], axis=0, dtype=np.float64)
+
+    def widths(self, rank: str = "pp0tp0") -> Any:
+        """Elements per token of each site of a rank."""
+        return np.array([site.width for site in self.layouts[rank].sites])
+
     def sites(self, rank: str = "pp0tp0") -> list[str]:
         """``<layer>.<site>`` of each site of a rank, ``-`` for no layer."""
         return [f"{'-' if site.layer is None else site.layer}.{site.name}" for site in self.layouts[rank].sites]

@@ -57,6 +57,24 @@ class RawHooks:
         np.savez(path, **{name: np.concatenate(rows) for name, rows in self.rows.items()})
 
 
+class Int8Hooks(RawHooks):
+    """Collects the tensors themselves and writes what INT-8 costs them: SQNR in dB and the share of zeroed elements."""
+
+    def _keep(self, name: str, x: Any) -> None:
+        self.rows.setdefault(name, []).append(x.float().numpy().copy())
+
+    def save(self, path: str) -> None:
+        """Quantize and dequantize every site at its own absmax / 127, all steps together."""
+        self.rows.pop("positions")
+        costs = {}
+        for name, rows in self.rows.items():
+            x = np.concatenate(rows).astype(np.float64)
+            steps = np.rint(x / (np.abs(x).max() / 127)).clip(-127, 127)
+            noise = ((x - steps * np.abs(x).max() / 127) ** 2).mean()
+            costs[name] = np.array([10 * np.log10((x**2).mean() / noise), (steps == 0).mean()])
+        np.savez(path, **costs)
+
+
 def main(spec_path: str, out_path: str) -> None:
     """Serve the batches of a spec, one after another."""
     spec = json.loads(Path(spec_path).read_text())
@@ -65,14 +83,15 @@ def main(spec_path: str, out_path: str) -> None:
     started = time.monotonic()
     llm = LLM(**spec["llm"])
     print(f"engine up in {time.monotonic() - started:.1f} s", flush=True)
-    raw = RawHooks()
-    if spec.get("raw"):
+    raw = Int8Hooks() if spec.get("int8") else RawHooks()
+    if spec.get("raw") or spec.get("int8"):
         llm.apply_model(raw.install)
     time.sleep(spec.get("idle_seconds", 0))
     for batch in spec["batches"]:
         sampling = SamplingParams(temperature=0, max_tokens=batch["max_tokens"], ignore_eos=True, detokenize=False)
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in batch["prompts"]]
         llm.generate(prompts, sampling, use_tqdm=False)
+    time.sleep(spec.get("linger_seconds", 0))
     raw.save(out_path)
 
 

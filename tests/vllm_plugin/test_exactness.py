@@ -11,6 +11,7 @@ import pytest
 from engines import NATIVE, Run
 
 from maxact_proto import stats
+from maxact_sidecar import resolution
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -30,8 +31,16 @@ BATCHES = [
 ]
 TOKENS = [len(LENGTHS) + 8, sum(LENGTHS) - len(LENGTHS) + 8 * 15, 8 * (DECODED - 1)]
 
+EVERY_ROW = [{"prompts": prompts([1], 3), "max_tokens": 250}]
+"""Steps of one row each: all of them are in the sample of the histogram."""
+
 SHORT = [{"prompts": prompts([5, 33, 64, 100], 2), "max_tokens": 1}]
 """For comparisons between engines: nothing decoded, so that all see the same tokens."""
+
+
+@pytest.fixture(scope="session")
+def counted(engine_run: Callable[..., Run], smollm2: Path) -> Run:
+    return engine_run(spec(smollm2, **NATIVE) | {"batches": EVERY_ROW, "int8": True})
 
 
 def spec(model: Path, *, raw: bool = False, chunk: int | None = None, **llm: Any) -> dict[str, Any]:
@@ -116,6 +125,26 @@ def test_compiled_token_counts_and_sums_agree_with_eager(single: Run, compiled: 
     for column in (stats.SUM_SQUARES, stats.SUM_ABS):
         expected, seen = (run.received.total()[..., column] for run in (single, compiled))
         np.testing.assert_allclose(seen, expected, rtol=0.02)
+
+
+def test_int8_error_from_the_histogram_is_that_of_quantizing_the_same_tensors(counted: Run) -> None:
+    histogram, total = counted.received.histogram(), counted.received.total()
+    scale = stats.absmax(total).max(axis=0) / resolution.INT8_QMAX
+    assert (histogram.sum(axis=-1) == 250 * counted.received.widths()).all(), "every element is counted once"
+    power = total[..., stats.SUM_SQUARES].sum(axis=0) / histogram.sum(axis=-1)
+    sqnr = resolution.sqnr_db(power, resolution.noise_power(histogram, scale))
+    zeroed = resolution.zeroed_ratio(histogram, scale)
+    expected = np.array([counted.raw[name] for name in counted.received.sites()])
+    deviation = np.abs(np.stack([sqnr, zeroed], axis=-1) - expected).max(axis=0)
+    print(f"histogram against quantize-dequantize: SQNR within {deviation[0]:.3f} dB, zeroed within {deviation[1]:.4f}")
+    assert deviation[0] < 0.5
+    assert deviation[1] < 0.01
+
+
+def test_the_sample_of_large_steps_weighs_as_much_as_the_whole(native: Run) -> None:
+    elements = sum(TOKENS) * native.received.widths()
+    share = native.received.histogram().sum(axis=-1) / elements
+    assert (np.abs(share - 1) < 0.15).all()
 
 
 def test_hidden_absmax_per_layer_is_within_two_percent_of_transformers(single: Run, smollm2: Path) -> None:

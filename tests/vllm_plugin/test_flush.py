@@ -31,7 +31,8 @@ def accumulate(state: Accumulators, peak: float, tokens: int = 1) -> None:
 def make(interval: float = 3600.0) -> tuple[Accumulators, Flusher, list[wire.Window]]:
     state = Accumulators(NUM_SITES, torch.device("cpu"))
     delivered: list[wire.Window] = []
-    return state, Flusher(state, layout(interval_seconds=interval), delivered.append), delivered
+    histograms = torch.zeros(NUM_SITES, stats.NUM_BINS, dtype=torch.int64)
+    return state, Flusher(state, histograms, layout(interval_seconds=interval), delivered.append), delivered
 
 
 def test_a_window_holds_what_was_folded_since_the_last_one() -> None:
@@ -55,6 +56,22 @@ def test_lifetime_extrema_outlive_their_window() -> None:
     window = flusher.close_window()
     assert (window.values[stats.DECODE, :, stats.MAX] == 2.0).all()
     assert (window.lifetime[stats.DECODE, :, stats.MAX] == 5.0).all()
+
+
+def test_a_histogram_comes_when_there_is_something_to_count_then_rarely_and_with_the_last_window() -> None:
+    state, histograms = Accumulators(NUM_SITES, torch.device("cpu")), torch.zeros(NUM_SITES, stats.NUM_BINS)
+    flusher = Flusher(state, histograms.long(), layout(), [].append)
+    assert flusher.close_window().histogram is None
+    flusher._histograms[1, 5] += 7
+    first = flusher.close_window().histogram
+    assert first is not None
+    assert (first[1, 5], first.sum()) == (7, 7)
+    flusher._histograms[2, 0] += 3
+    assert flusher.close_window().histogram is None
+    flusher.stop()
+    last = flusher.close_window().histogram
+    assert last is not None
+    assert (last[2, 0], last.sum()) == (3, 3)
 
 
 def test_no_fold_is_lost_or_counted_twice_while_windows_are_closed() -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from engines import run_interpreted
 
 from maxact_proto import stats
+from maxact_vllm import ops
+from maxact_vllm.buffers import NUM_ROWS, allocate
 from maxact_vllm.compat import Step
-from maxact_vllm.fold import Folder, fold, phases_of
-from maxact_vllm.instrument import allocate
-from maxact_vllm.observe import NUM_ROWS
+from maxact_vllm.fold import Folder, phases_of, reference
 
 
 def step(*requests: tuple[int, int, int]) -> Step:
@@ -31,8 +33,18 @@ def fill(block: torch.Tensor, num_tokens: int, seed: int = 0) -> np.ndarray:
     return rows
 
 
+@pytest.fixture(params=["kernel", "reference"])
+def fold(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Both forms of the fold on a CPU."""
+    ops.define("cpu")
+    run = torch.ops.maxact.fold if request.param == "kernel" else reference
+    return lambda block, num_tokens, phases, values: run(
+        block, values, torch.from_numpy(np.atleast_1d(np.int8(phases))), num_tokens
+    )
+
+
 def test_a_pure_decode_step_has_one_phase() -> None:
-    assert phases_of(step((1, 7, 7), (1, 100, 3))) == stats.DECODE
+    assert phases_of(step((1, 7, 7), (1, 100, 3))).tolist() == [stats.DECODE]
 
 
 def test_each_row_of_a_mixed_step_gets_the_phase_of_its_position() -> None:
@@ -41,8 +53,8 @@ def test_each_row_of_a_mixed_step_gets_the_phase_of_its_position() -> None:
     assert list(phases) == [decode, first, prefill, prefill, prefill, prefill, prefill, decode, decode]
 
 
-def test_padded_rows_behind_the_real_tokens_never_count() -> None:
-    block = allocate(2, 100, torch.device("cpu"))
+def test_padded_rows_behind_the_real_tokens_never_count(fold: Callable[..., None]) -> None:
+    block = allocate(2, 100, torch.device("cpu")).block
     rows = fill(block, 5)
     values = torch.from_numpy(stats.empty(2))
     fold(block, 5, stats.DECODE, values)
@@ -54,17 +66,17 @@ def test_padded_rows_behind_the_real_tokens_never_count() -> None:
     np.testing.assert_array_equal(values[stats.PREFILL].numpy(), stats.empty(2)[stats.PREFILL])
 
 
-def test_rows_of_a_mixed_step_go_to_their_phases() -> None:
-    block = allocate(2, 100, torch.device("cpu"))
+def test_rows_of_a_mixed_step_go_to_their_phases(fold: Callable[..., None]) -> None:
+    block = allocate(2, 100, torch.device("cpu")).block
     rows = fill(block, 4)
     values = torch.from_numpy(stats.empty(2))
-    fold(block, 4, np.array([0, 1, 2, 1], np.int8), values)
+    fold(block, 4, [0, 1, 2, 1], values)
     for phase, columns in enumerate(([0], [1, 3], [2])):
         np.testing.assert_array_equal(values[phase, :, stats.MAX].numpy(), rows[stats.MAX][:, columns].max(axis=-1))
 
 
-def test_a_row_with_a_nan_or_infinity_is_counted_and_in_no_other_column() -> None:
-    block = allocate(1, 64, torch.device("cpu"))
+def test_a_row_with_a_nan_or_infinity_is_counted_and_in_no_other_column(fold: Callable[..., None]) -> None:
+    block = allocate(1, 64, torch.device("cpu")).block
     rows = fill(block, 3)
     block[stats.MAX, 0, 0] = torch.nan
     block[stats.SUM_SQUARES, 0, 0] = torch.nan
@@ -77,8 +89,8 @@ def test_a_row_with_a_nan_or_infinity_is_counted_and_in_no_other_column() -> Non
     assert seen[stats.SUM_SQUARES] == rows[stats.SUM_SQUARES, 0, 2]
 
 
-def test_a_site_that_does_not_run_in_a_step_adds_nothing() -> None:
-    block = allocate(1, 64, torch.device("cpu"))
+def test_a_site_that_does_not_run_in_a_step_adds_nothing(fold: Callable[..., None]) -> None:
+    block = allocate(1, 64, torch.device("cpu")).block
     fill(block, 3)
     values = torch.from_numpy(stats.empty(1))
     fold(block, 3, stats.DECODE, values)
@@ -88,8 +100,9 @@ def test_a_site_that_does_not_run_in_a_step_adds_nothing() -> None:
 
 
 def test_what_ran_before_forget_is_never_folded() -> None:
-    block = allocate(2, 64, torch.device("cpu"))
-    folder = Folder(block)
+    ops.define("cpu")
+    buffers = allocate(2, 64, torch.device("cpu"))
+    folder, block = Folder(buffers), buffers.block
     fill(block, 9)
     folder.forget()
     folder.fold(step((4, 0, 4)))
@@ -97,6 +110,7 @@ def test_what_ran_before_forget_is_never_folded() -> None:
 
 
 def test_tokens_are_counted_per_phase() -> None:
+    ops.define("cpu")
     folder = Folder(allocate(1, 64, torch.device("cpu")))
     folder.fold(step((5, 0, 5), (1, 3, 3)))
     folder.fold(step((1, 5, 5), (1, 4, 3)))

@@ -12,23 +12,38 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from maxact_proto import stats, wire
 from maxact_vllm import logger
 from maxact_vllm.fold import Accumulators
 
+_HISTOGRAM_SECONDS = 10.0
+"""A histogram is ten times as large as the rest of a window, and its shape changes slowly."""
+
 
 class Flusher(threading.Thread):
     """Closes a window every ``layout.interval_seconds``, busy or idle, and hands it to ``deliver``."""
 
-    def __init__(self, accumulators: Accumulators, layout: wire.Layout, deliver: Callable[[wire.Window], None]) -> None:
+    def __init__(
+        self,
+        accumulators: Accumulators,
+        histograms: torch.Tensor,
+        layout: wire.Layout,
+        deliver: Callable[[wire.Window], None],
+    ) -> None:
         super().__init__(name="maxact-flush", daemon=True)
         self._state = accumulators
+        self._histograms = histograms
+        self._counted = np.zeros(tuple(histograms.shape), np.int64)
+        self._next_histogram = 0.0
         self._layout = layout
         self._deliver = deliver
         self._lifetime = stats.empty(len(layout.sites))[..., : stats.NUM_EXTREMA].copy()
-        self._take = _take_from_gpu(accumulators) if accumulators.empty.is_cuda else _take_from_cpu(accumulators)
+        on_gpu = accumulators.empty.is_cuda
+        self._take = _take_from_gpu(accumulators) if on_gpu else _take_from_cpu(accumulators)
+        self._read = _reader_of_gpu(histograms) if on_gpu else histograms.numpy().copy
         self._since = time.time()
         self._silent: set[int] | None = None
         self._halt = threading.Event()
@@ -77,7 +92,19 @@ class Flusher(threading.Thread):
             tokens=tokens,
             values=values,
             lifetime=self._lifetime.copy(),
+            histogram=self._close_histogram(),
         )
+
+    def _close_histogram(self) -> wire.Histogram | None:
+        """What was counted since the last one; None before `_HISTOGRAM_SECONDS` have passed, or without any."""
+        if time.monotonic() < self._next_histogram and not self._halt.is_set():
+            return None
+        counted = self._read()
+        grown, self._counted = counted - self._counted, counted
+        if not grown.any():
+            return None
+        self._next_histogram = time.monotonic() + _HISTOGRAM_SECONDS
+        return grown.astype(np.float32)
 
     def _watch_silent_sites(self, values: stats.Values) -> None:
         """Say so when tokens flow and a site stays empty: a hook that vLLM optimized away must not pass unnoticed."""
@@ -118,3 +145,20 @@ def _take_from_gpu(state: Accumulators) -> Callable[[int], stats.Values]:
         return values
 
     return take
+
+
+def _reader_of_gpu(histograms: torch.Tensor) -> Callable[[], npt.NDArray[np.int64]]:
+    """Copy on a side stream while the model counts on: every bin is right before or after a step."""
+    side_stream = torch.cuda.Stream(histograms.device)
+    pinned = torch.empty(histograms.shape, dtype=torch.int64, pin_memory=True)
+    done = torch.cuda.Event(blocking=True)
+
+    def read() -> npt.NDArray[np.int64]:
+        with torch.cuda.stream(side_stream):
+            pinned.copy_(histograms, non_blocking=True)
+            done.record()
+        done.synchronize()
+        counted: npt.NDArray[np.int64] = pinned.numpy().copy()
+        return counted
+
+    return read

@@ -7,21 +7,27 @@ nothing synchronizes, no lock is taken: the flusher swaps the accumulators under
 
 from __future__ import annotations
 
+import random
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from maxact_proto import stats
+from maxact_vllm.buffers import Buffers
 from maxact_vllm.compat import Step
+from maxact_vllm.observe import sampled
 
 Codes = npt.NDArray[np.int8]
-"""Phase of each token row, ``[num_tokens]``, an index into `stats.PHASES`."""
+"""Phase of each token row, an index into `stats.PHASES`: ``[num_tokens]``, or ``[1]`` for all."""
+_DECODE: Final = np.array([stats.DECODE], np.int8)
 
 
-def phases_of(step: Step) -> int | Codes:
-    """The phase of a step's rows: one number where they are all alike (every pure decode step), else one per row."""
+def phases_of(step: Step) -> Codes:
+    """The phases of a step's rows; ``[1]`` where they are all alike, as in every pure decode step."""
     if (step.computed >= step.prompt_lens).all():
-        return stats.DECODE
+        return _DECODE
     starts = np.cumsum(step.scheduled) - step.scheduled
     position = np.arange(step.num_tokens) - np.repeat(starts - step.computed, step.scheduled)
     codes = np.where(position < np.repeat(step.prompt_lens, step.scheduled), stats.PREFILL, stats.DECODE)
@@ -46,26 +52,23 @@ class Accumulators:
         """On a GPU the stream of the last fold: the model's."""
 
 
-def fold(block: torch.Tensor, num_tokens: int, phases: int | Codes, values: torch.Tensor) -> None:
-    """Fold the first ``num_tokens`` rows of ``block`` into ``values``.
+def reference(block: torch.Tensor, values: torch.Tensor, phases: torch.Tensor, num_tokens: int) -> None:
+    """Fold the first ``num_tokens`` rows of ``block`` into ``values``: what every kernel of ``maxact::fold`` computes.
 
-    ``block``: float32 ``[4, sites, tokens]``; ``values``: float32 ``[phases, sites, stats]``; both mutated. The plain
-    torch form, for CPUs and as the reference of the Triton kernel. Rows of ``max`` are set back to -inf, so that a site
-    which does not run in the next step adds nothing.
+    ``block``: float32 ``[4, sites, tokens]``; ``values``: float32 ``[phases, sites, stats]``; both mutated. ``phases``:
+    int8 ``[num_tokens]``, or ``[1]`` for all. Rows of ``max`` are set back to -inf, so that a site which does not run
+    in the next step adds nothing.
     """
     rows = block[:, :, :num_tokens]
-    if isinstance(phases, int):
-        _fold_rows(rows, values[phases])
-    else:
-        for phase in range(len(stats.PHASES)):
-            index = np.flatnonzero(phases == phase)
-            if index.size:
-                _fold_rows(rows[:, :, torch.from_numpy(index).to(rows.device)], values[phase])
+    for phase in range(len(stats.PHASES)):
+        _fold_rows(rows[:, :, (phases == phase).expand(num_tokens)], values[phase])
     rows[stats.MAX].fill_(-torch.inf)
 
 
 def _fold_rows(rows: torch.Tensor, into: torch.Tensor) -> None:
     """Fold ``rows`` ``[4, sites, n]`` of one phase into ``into`` ``[sites, stats]``."""
+    if not rows.shape[-1]:
+        return
     top, bottom = rows[stats.MAX], rows[stats.MIN]
     finite = top.isfinite() & bottom.isfinite()
     broken = (top != -torch.inf) & ~finite
@@ -78,59 +81,59 @@ def _fold_rows(rows: torch.Tensor, into: torch.Tensor) -> None:
 class Folder:
     """Folds each step of one worker. Everything here runs on the model's thread."""
 
-    def __init__(self, block: torch.Tensor) -> None:
-        self._block = block
+    def __init__(self, buffers: Buffers) -> None:
+        self._block = block = buffers.block
+        self._sampling = buffers.sampling
+        self._draws = random.Random(0)
         self.accumulators = Accumulators(block.shape[1], block.device)
-        self._on_gpu = _GpuFold(block, self.accumulators) if block.device.type == "cuda" else None
+        self._decode = torch.from_numpy(_DECODE).to(block.device)
+        self._upload = _Upload(block.shape[2], block.device) if block.is_cuda else torch.from_numpy
+        # Compile both variants now: no tokens, so nothing is folded.
+        for phases in (self._decode, self._decode.expand(2)):
+            torch.ops.maxact.fold(block, self.accumulators.values[0], phases, 0)
 
     def forget(self) -> None:
         """Drop what the rows hold, so that nothing of warm-up is ever folded."""
         self._block.fill_(-torch.inf)
 
+    def sample(self, num_tokens: int) -> None:
+        """Choose the rows of the step that comes, of ``num_tokens``, whose magnitudes are counted."""
+        self._sampling.fill_(sampled(num_tokens, self._draws.getrandbits(30)))
+
     def fold(self, step: Step) -> None:
         """Fold a step whose forward was launched on the current stream."""
-        phases = phases_of(step)
+        self._sampling.zero_()  # forwards that are no steps count nothing
+        codes = phases_of(step)
         state = self.accumulators
         state.folds += 1
         active = state.active
-        if self._on_gpu is not None:
-            self._on_gpu(step.num_tokens, phases, state.values[active])
+        if self._block.is_cuda:
+            state.stream = torch.cuda.current_stream(self._block.device)
+        phases = self._decode if codes is _DECODE else self._upload(codes)
+        torch.ops.maxact.fold(self._block, state.values[active], phases, step.num_tokens)
+        if codes is _DECODE:
+            state.tokens[active][stats.DECODE] += step.num_tokens
         else:
-            fold(self._block, step.num_tokens, phases, state.values[active])
-        if isinstance(phases, int):
-            state.tokens[active][phases] += step.num_tokens
-        else:
-            state.tokens[active] += np.bincount(phases, minlength=len(stats.PHASES))
+            state.tokens[active] += np.bincount(codes, minlength=len(stats.PHASES))
         state.folds += 1
 
 
-class _GpuFold:
-    """Launches the kernel; hands it the phases of mixed steps through a ring of pinned memory."""
+class _Upload:
+    """Brings the phases of mixed steps to a GPU through a ring of pinned memory."""
 
     _DEPTH = 8
 
-    def __init__(self, block: torch.Tensor, accumulators: Accumulators) -> None:
-        from maxact_vllm.fold_kernel import fold_on_gpu
-
-        self._launch = fold_on_gpu
-        self._block = block
-        self._accumulators = accumulators
-        self._pinned = [torch.empty(block.shape[2], dtype=torch.int8, pin_memory=True) for _ in range(self._DEPTH)]
+    def __init__(self, max_tokens: int, device: torch.device) -> None:
+        self._pinned = [torch.empty(max_tokens, dtype=torch.int8, pin_memory=True) for _ in range(self._DEPTH)]
         self._copied = [torch.cuda.Event() for _ in range(self._DEPTH)]
-        self._codes = torch.zeros(block.shape[2], dtype=torch.int8, device=block.device)
+        self._codes = torch.zeros(max_tokens, dtype=torch.int8, device=device)
         self._next = 0
-        # Compile both variants now: no tokens, so nothing is folded.
-        self._launch(block, 0, stats.DECODE, accumulators.values[0])
-        self._launch(block, 0, self._codes, accumulators.values[0])
 
-    def __call__(self, num_tokens: int, phases: int | Codes, values: torch.Tensor) -> None:
-        self._accumulators.stream = torch.cuda.current_stream(self._block.device)
-        if isinstance(phases, int):
-            self._launch(self._block, num_tokens, phases, values)
-            return
+    def __call__(self, codes: Codes) -> torch.Tensor:
         slot = self._next = (self._next + 1) % self._DEPTH
         self._copied[slot].synchronize()  # eight mixed steps old: long done
-        self._pinned[slot][:num_tokens].numpy()[:] = phases
-        self._codes[:num_tokens].copy_(self._pinned[slot][:num_tokens], non_blocking=True)
+        self._pinned[slot][: len(codes)].numpy()[:] = codes
+        on_device = self._codes[: len(codes)]
+        on_device.copy_(self._pinned[slot][: len(codes)], non_blocking=True)
         self._copied[slot].record()
-        self._launch(self._block, num_tokens, self._codes, values)
+        return on_device

@@ -19,15 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 from maxact_proto import stats
-from maxact_vllm import observe
-
-_ALIGNMENT = 64
-"""Rows start at multiples of 256 bytes: Inductor copies inputs that are aligned to less than 16 bytes."""
+from maxact_vllm import observe, ops
+from maxact_vllm.buffers import Buffers, own_storage
 
 _AS_EXECUTED: Final = ("o_proj_input", "mlp_input", "down_proj_input", "hidden", "attn_input")
 """Sites between two attentions in the order a forward meets them."""
@@ -55,32 +52,19 @@ class Tap:
     sharded: bool = False
 
 
-def allocate(num_sites: int, max_tokens: int, device: torch.device) -> torch.Tensor:
-    """The block that takes one float per (statistic, site, token): float32 ``[NUM_ROWS, num_sites, padded tokens]``.
-
-    In memory the rows of one site, and the sites of one group, lie side by side.
-    """
-    padded = -(-max_tokens // _ALIGNMENT) * _ALIGNMENT
-    shape = (num_sites, observe.NUM_ROWS, padded)
-    if device.type == "cpu":
-        sites = torch.from_numpy(np.full(shape, -np.inf, np.float32))
-    else:
-        sites = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
-    return sites.transpose(0, 1)
-
-
 def in_order(taps: Sequence[Tap]) -> list[Tap]:
     """The taps group after group, as `instrument` wants them."""
     return sorted(taps, key=_position)
 
 
-def instrument(taps: Sequence[Tap], block: torch.Tensor) -> None:
-    """Hook every tap so that its forward writes its rows of ``block``, from `allocate`; ``taps`` from `in_order`."""
-    observe.define(block.device.type)
+def instrument(taps: Sequence[Tap], buffers: Buffers) -> None:
+    """Hook every tap so that its forward writes its part of ``buffers``; ``taps`` from `in_order`."""
+    ops.define(buffers.block.device.type)
     first = 0
     for _, group in itertools.groupby(taps, key=lambda tap: _position(tap)[:2]):
         members = list(group)
-        _hook_group(members, _own_storage(block.transpose(0, 1)[first : first + len(members)]))
+        here = slice(first, first + len(members))
+        _hook_group(members, buffers.block.transpose(0, 1)[here], buffers.histograms[here], buffers.sampling)
         first += len(members)
 
 
@@ -96,40 +80,21 @@ def _position(tap: Tap) -> tuple[int, str, int]:
     return stretch, "", _AS_EXECUTED.index(tap.name)
 
 
-def _own_storage(rows: torch.Tensor) -> torch.Tensor:
-    """The memory of contiguous ``rows`` behind a storage that nothing else shares, as far as autograd can tell."""
-    if rows.device.type == "cpu":
-        return torch.from_numpy(rows.numpy())
-    return torch.as_tensor(_CudaMemory(rows), device=rows.device)
-
-
-class _CudaMemory:
-    """Keeps ``rows`` alive and shows its memory to `torch.as_tensor`."""
-
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows = rows
-        self.__cuda_array_interface__ = {
-            "shape": tuple(rows.shape),
-            "typestr": "<f4",
-            "data": (rows.data_ptr(), False),
-            "version": 2,
-        }
-
-
-def _hook_group(taps: Sequence[Tap], rows: torch.Tensor) -> None:
+def _hook_group(taps: Sequence[Tap], rows: torch.Tensor, histograms: torch.Tensor, sampling: torch.Tensor) -> None:
     last = taps[-1]
-    buffer = f"_maxact_rows_{last.name}"
-    last.module.register_buffer(buffer, rows, persistent=False)
+    names = tuple(f"_maxact_{last.name}_{part}" for part in ("rows", "histograms", "sampling"))
+    for name, part in zip(names, (own_storage(rows), own_storage(histograms), sampling), strict=True):
+        last.module.register_buffer(name, part, persistent=False)
     pending: Pending = []
     for index, tap in enumerate(taps):
         _collect(tap, index, pending)
     if last.reads != "input":
-        last.module.register_forward_hook(_observing(pending, buffer))
+        last.module.register_forward_hook(_observing(pending, names))
     elif rows.is_cuda:
-        last.module.register_forward_pre_hook(_forking(pending, buffer))
-        last.module.register_forward_hook(_joining(pending, buffer))
+        last.module.register_forward_pre_hook(_forking(pending, names))
+        last.module.register_forward_hook(_joining(pending, names))
     else:
-        last.module.register_forward_pre_hook(_observing(pending, buffer))
+        last.module.register_forward_pre_hook(_observing(pending, names))
 
 
 def _collect(tap: Tap, index: int, pending: Pending) -> None:
@@ -161,26 +126,28 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _observing(pending: Pending, buffer: str) -> Callable[..., None]:
+def _observing(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
     def hook(module: nn.Module, *_: Any) -> None:
-        torch.ops.maxact.observe([x for _, x in pending], getattr(module, buffer), [place for place, _ in pending])
+        buffers = [getattr(module, name) for name in names]
+        torch.ops.maxact.observe([x for _, x in pending], *buffers, [place for place, _ in pending])
         pending.clear()
 
     return hook
 
 
-def _forking(pending: Pending, buffer: str) -> Callable[..., None]:
+def _forking(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
     def hook(module: nn.Module, *_: Any) -> None:
-        torch.ops.maxact.fork([x for _, x in pending], getattr(module, buffer), [place for place, _ in pending])
+        buffers = [getattr(module, name) for name in names]
+        torch.ops.maxact.fork([x for _, x in pending], *buffers, [place for place, _ in pending])
 
     return hook
 
 
-def _joining(pending: Pending, buffer: str) -> Callable[..., None]:
+def _joining(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         # The product is an argument so that the join comes behind it.
         product = output[0] if isinstance(output, tuple) else output
-        torch.ops.maxact.join([*(x for _, x in pending), product], getattr(module, buffer))
+        torch.ops.maxact.join([*(x for _, x in pending), product], getattr(module, names[0]))
         pending.clear()
 
     return hook

@@ -7,10 +7,16 @@ step against +14 %). A prefill's product is shorter than such turns: there all s
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
+from maxact_proto import stats
+
+FIRST_BIN = tl.constexpr(2 * (127 + stats.LOWEST_OCTAVE))
+"""Exponent and first bit of the mantissa where the first bin begins, as they stand in a float32."""
 _MAX_TENSORS = 8
 _BLOCK = 4096
 _ALL_AT_ONCE = 128 * 5
@@ -21,7 +27,9 @@ _TURN_TOKENS = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _reduce_row(x, width, out, stride_stat, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _reduce_row(  # type: ignore[no-untyped-def]
+    x, width, out, stride_stat, histogram, weight, BLOCK: tl.constexpr, BINS: tl.constexpr
+):  # fmt: skip
     column = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     bottom = tl.full([BLOCK], float("inf"), tl.float32)
@@ -40,6 +48,16 @@ def _reduce_row(x, width, out, stride_stat, BLOCK: tl.constexpr):  # type: ignor
     tl.store(out + stride_stat, tl.min(bottom, axis=0))
     tl.store(out + 2 * stride_stat, tl.sum(squares, axis=0))
     tl.store(out + 3 * stride_stat, total)
+    if (weight > 0) & (total < float("inf")):
+        for start in range(0, width, BLOCK):
+            here = start + column < width
+            value = tl.load(x + start + column, mask=here, other=0.0).to(tl.float32)
+            bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            place = tl.minimum(tl.maximum((bits >> 22) - FIRST_BIN, 0), BINS - 1)
+            # What lies behind the row is counted in bins that are not kept.
+            counts = tl.histogram(tl.where(here, place, BINS), 2 * BINS)
+            kept = tl.arange(0, 2 * BINS)
+            tl.atomic_add(histogram + kept, counts.to(tl.int64) * weight, mask=(kept < BINS) & (counts > 0))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])  # type: ignore[untyped-decorator, unused-ignore]
@@ -49,35 +67,74 @@ def _observe_kernel(  # type: ignore[no-untyped-def]
     w0, w1, w2, w3, w4, w5, w6, w7,  # widths
     r0, r1, r2, r3, r4, r5, r6, r7,  # sites: where in rows
     rows_ptr,  # float32 [sites, 4, padded]
+    histograms_ptr,  # int64 [sites, BINS]
+    sampling_ptr,  # int64 [1]
     num_tokens,
     stride_site,
     stride_stat,
     NUM: tl.constexpr,
     BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+    EVERY: tl.constexpr,
 ):  # fmt: skip
+    packed = tl.load(sampling_ptr)
+    offset = packed & 0xFFFFFFFF
+    num_sampled = packed >> 32
     for job in range(tl.program_id(0), num_tokens * NUM, tl.num_programs(0)):
         token = tl.full([], 0, tl.int64) + job // NUM
         which = job % NUM
         out = rows_ptr + token
+        chosen = (token < num_sampled) & (token >= offset) & ((token - offset) % EVERY == 0)
+        weight = tl.where(chosen, tl.minimum(num_sampled, EVERY), 0)
         if which == 0:
-            _reduce_row(x0 + token * s0, w0, out + r0 * stride_site, stride_stat, BLOCK)
+            _reduce_row(
+                x0 + token * s0, w0, out + r0 * stride_site, stride_stat,
+                histograms_ptr + r0 * BINS, weight, BLOCK, BINS,
+            )  # fmt: skip
         elif which == 1:
-            _reduce_row(x1 + token * s1, w1, out + r1 * stride_site, stride_stat, BLOCK)
+            _reduce_row(
+                x1 + token * s1, w1, out + r1 * stride_site, stride_stat,
+                histograms_ptr + r1 * BINS, weight, BLOCK, BINS,
+            )  # fmt: skip
         elif which == 2:
-            _reduce_row(x2 + token * s2, w2, out + r2 * stride_site, stride_stat, BLOCK)
+            _reduce_row(
+                x2 + token * s2, w2, out + r2 * stride_site, stride_stat,
+                histograms_ptr + r2 * BINS, weight, BLOCK, BINS,
+            )  # fmt: skip
         elif which == 3:
-            _reduce_row(x3 + token * s3, w3, out + r3 * stride_site, stride_stat, BLOCK)
+            _reduce_row(
+                x3 + token * s3, w3, out + r3 * stride_site, stride_stat,
+                histograms_ptr + r3 * BINS, weight, BLOCK, BINS,
+            )  # fmt: skip
         elif which == 4:
-            _reduce_row(x4 + token * s4, w4, out + r4 * stride_site, stride_stat, BLOCK)
+            _reduce_row(
+                x4 + token * s4, w4, out + r4 * stride_site, stride_stat,
+                histograms_ptr + r4 * BINS, weight, BLOCK, BINS,
+            )  # fmt: skip
         elif which == 5:
-            _reduce_row(x5 + token * s5, w5, out + r5 * stride_site, stride_stat, BLOCK)
+            _reduce_row(
+                x5 + token * s5, w5, out + r5 * stride_site, stride_stat,
+                histograms_ptr + r5 * BINS, weight, BLOCK, BINS,
+            )  # fmt: skip
         elif which == 6:
-            _reduce_row(x6 + token * s6, w6, out + r6 * stride_site, stride_stat, BLOCK)
+            _reduce_row(
+                x6 + token * s6, w6, out + r6 * stride_site, stride_stat,
+                histograms_ptr + r6 * BINS, weight, BLOCK, BINS,
+            )  # fmt: skip
         else:
-            _reduce_row(x7 + token * s7, w7, out + r7 * stride_site, stride_stat, BLOCK)
+            _reduce_row(
+                x7 + token * s7, w7, out + r7 * stride_site, stride_stat,
+                histograms_ptr + r7 * BINS, weight, BLOCK, BINS,
+            )  # fmt: skip
 
 
-def observe_on_gpu(tensors: list[torch.Tensor], rows: torch.Tensor, sites: list[int]) -> None:
+def observe(
+    tensors: list[torch.Tensor],
+    rows: torch.Tensor,
+    histograms: torch.Tensor,
+    sampling: torch.Tensor,
+    sites: list[int],
+) -> None:
     """`observe.reference` on the current stream, for up to 8 tensors of as many tokens."""
     padding = _MAX_TENSORS - len(tensors)
     every = [*tensors, *tensors[:1] * padding]
@@ -92,10 +149,38 @@ def observe_on_gpu(tensors: list[torch.Tensor], rows: torch.Tensor, sites: list[
         *(x.shape[1] for x in every),
         *(*sites, *[0] * padding),
         rows,
+        histograms,
+        sampling,
         num_tokens,
         rows.stride(0),
         rows.stride(1),
         NUM=len(tensors),
         BLOCK=_BLOCK,
+        BINS=stats.NUM_BINS,
+        EVERY=stats.SAMPLE_EVERY,
         num_warps=8,
     )
+
+
+def fork(
+    tensors: list[torch.Tensor],
+    rows: torch.Tensor,
+    histograms: torch.Tensor,
+    sampling: torch.Tensor,
+    sites: list[int],
+) -> None:
+    """The same on the side stream, behind what the current one has done so far."""
+    side = _side_stream(rows.device)
+    side.wait_stream(torch.cuda.current_stream(rows.device))
+    with torch.cuda.stream(side):
+        observe(tensors, rows, histograms, sampling, sites)
+
+
+def join(tensors: list[torch.Tensor], rows: torch.Tensor) -> None:
+    """The current stream waits for the side stream."""
+    torch.cuda.current_stream(rows.device).wait_stream(_side_stream(rows.device))
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -52,6 +52,7 @@ class Outbox:
                     start_seconds=waiting.start_seconds,
                     tokens=tuple(a + b for a, b in zip(waiting.tokens, window.tokens, strict=True)),
                     coalesced=waiting.coalesced + 1,
+                    histogram=_add(waiting.histogram, window.histogram),
                 )
             self._changed.notify_all()
 
@@ -83,6 +84,12 @@ class Outbox:
         """Whether all is acknowledged within the time."""
         with self._changed:
             return self._changed.wait_for(lambda: self._waiting is None and self._under_way is None, timeout_seconds)
+
+
+def _add(one: wire.Histogram | None, other: wire.Histogram | None) -> wire.Histogram | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one + other
 
 
 class Streamer(threading.Thread):

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from maxact_proto import wire
+from maxact_proto import stats, wire
 from maxact_vllm import compat, logger
+from maxact_vllm.buffers import NUM_ROWS, allocate
 from maxact_vllm.config import Settings
 from maxact_vllm.flush import Flusher
 from maxact_vllm.fold import Folder
-from maxact_vllm.instrument import Tap, allocate, in_order, instrument
-from maxact_vllm.observe import NUM_ROWS
+from maxact_vllm.instrument import Tap, in_order, instrument
 from maxact_vllm.sites import find_taps
 from maxact_vllm.stream import Outbox, Streamer
 
@@ -45,21 +45,21 @@ class Capture:
     def __init__(self, runner: Any, vllm_config: Any, settings: Settings) -> None:
         taps = _wanted_taps(runner, vllm_config, settings)
         device = torch.device(runner.device)
-        block = allocate(len(taps), compat.max_rows(vllm_config), device)
-        compat.count_memory(runner, block.nbytes)
-        instrument(taps, block)
-        self._folder = Folder(block)
+        buffers = allocate(len(taps), compat.max_rows(vllm_config), device)
+        compat.count_memory(runner, buffers.nbytes)
+        instrument(taps, buffers)
+        self._folder = Folder(buffers)
         layout = _layout(taps, vllm_config, settings)
         outbox = Outbox(len(taps))
         self._streamer = Streamer(settings.endpoint, layout, outbox)
-        self._flusher = Flusher(self._folder.accumulators, layout, outbox.put)
+        self._flusher = Flusher(self._folder.accumulators, buffers.histograms, layout, outbox.put)
         self._armed = False
         self._failures = 0
         logger.info(
             "maxact observes %d sites of %s (%s), windows of %g s to %s; buffers %d statistics x %d sites x %d tokens "
-            "x 4 bytes = %.1f MiB",
+            "x 4 bytes, histograms %d sites x %d bins x 8 bytes: %.1f MiB",
             *(len(taps), layout.model, settings.sites, settings.interval, settings.endpoint),
-            *(NUM_ROWS, len(taps), block.shape[2], block.nbytes / 2**20),
+            *(NUM_ROWS, len(taps), buffers.block.shape[2], len(taps), stats.NUM_BINS, buffers.nbytes / 2**20),
         )
 
     def start(self) -> None:
@@ -68,6 +68,16 @@ class Capture:
         self._armed = True
         self._flusher.start()
         self._streamer.start()
+
+    def before_step(self, scheduler_output: Any) -> None:
+        """Choose the sample of the step that comes; on the model's thread. Raises nothing."""
+        num_tokens = getattr(scheduler_output, "total_num_scheduled_tokens", 0)
+        if not (self._armed and num_tokens):
+            return
+        try:
+            self._folder.sample(num_tokens)
+        except Exception:
+            self._fail()
 
     def after_step(self, runner: Any, scheduler_output: Any) -> None:
         """Fold the step whose forward was just launched; on the model's thread. Raises nothing."""
@@ -78,10 +88,13 @@ class Capture:
             if step is not None:
                 self._folder.fold(step)
         except Exception:
-            self._failures += 1
-            if self._failures == _MAX_FAILURES:
-                self._armed = False
-                logger.exception("maxact switched itself off after %d errors; serving goes on", _MAX_FAILURES)
+            self._fail()
+
+    def _fail(self) -> None:
+        self._failures += 1
+        if self._failures == _MAX_FAILURES:
+            self._armed = False
+            logger.exception("maxact switched itself off after %d errors; serving goes on", _MAX_FAILURES)
 
     def stop(self) -> None:
         """Stop counting and send the last window, within a second or two."""
@@ -103,7 +116,7 @@ class _Seams:
     def wrap(self) -> None:
         """Replace the four methods on the instances, never on vLLM's classes."""
         _around(self._runner, "load_model", after=self._loaded)
-        _around(self._runner, "execute_model", after=self._stepped)
+        _around(self._runner, "execute_model", before=self._stepping, after=self._stepped)
         _around(self._worker, "compile_or_warm_up_model", after=self._warm)
         _around(self._worker, "shutdown", before=self._close)
         atexit.register(self._close)
@@ -123,6 +136,10 @@ class _Seams:
                 self._capture.start()
             except Exception:
                 logger.exception("maxact does not observe this model: starting failed")
+
+    def _stepping(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> None:
+        if self._capture is not None:
+            self._capture.before_step(scheduler_output)
 
     def _stepped(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> None:
         if self._capture is not None:

@@ -36,7 +36,7 @@ class Site(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., name: _Optional[str] = ..., width: _Optional[int] = ..., sharded: bool = ..., module: _Optional[str] = ...) -> None: ...
 
 class Layout(_message.Message):
-    __slots__ = ("model", "engine", "instance", "tensor_parallel_rank", "tensor_parallel_size", "pipeline_parallel_rank", "pipeline_parallel_size", "sites", "dtype", "vllm_version", "maxact_version", "stats", "phases", "interval_seconds", "model_type")
+    __slots__ = ("model", "engine", "instance", "tensor_parallel_rank", "tensor_parallel_size", "pipeline_parallel_rank", "pipeline_parallel_size", "sites", "dtype", "vllm_version", "maxact_version", "stats", "phases", "interval_seconds", "model_type", "histogram_bins")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class Layout(_message.Message):
     PHASES_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
+    HISTOGRAM_BINS_FIELD_NUMBER: _ClassVar[int]
     model: str
     engine: str
     instance: str
@@ -67,7 +68,8 @@ class Layout(_message.Message):
     phases: _containers.RepeatedScalarFieldContainer[str]
     interval_seconds: float
     model_type: str
-    def __init__(self, model: _Optional[str] = ..., engine: _Optional[str] = ..., instance: _Optional[str] = ..., tensor_parallel_rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_rank: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., dtype: _Optional[str] = ..., vllm_version: _Optional[str] = ..., maxact_version: _Optional[str] = ..., stats: _Optional[_Iterable[str]] = ..., phases: _Optional[_Iterable[str]] = ..., interval_seconds: _Optional[float] = ..., model_type: _Optional[str] = ...) -> None: ...
+    histogram_bins: int
+    def __init__(self, model: _Optional[str] = ..., engine: _Optional[str] = ..., instance: _Optional[str] = ..., tensor_parallel_rank: _Optional[int] = ..., tensor_parallel_size: _Optional[int] = ..., pipeline_parallel_rank: _Optional[int] = ..., pipeline_parallel_size: _Optional[int] = ..., sites: _Optional[_Iterable[_Union[Site, _Mapping]]] = ..., dtype: _Optional[str] = ..., vllm_version: _Optional[str] = ..., maxact_version: _Optional[str] = ..., stats: _Optional[_Iterable[str]] = ..., phases: _Optional[_Iterable[str]] = ..., interval_seconds: _Optional[float] = ..., model_type: _Optional[str] = ..., histogram_bins: _Optional[int] = ...) -> None: ...
 
 class LayoutAccepted(_message.Message):
     __slots__ = ("layout_id", "last_sequence")
@@ -78,7 +80,7 @@ class LayoutAccepted(_message.Message):
     def __init__(self, layout_id: _Optional[int] = ..., last_sequence: _Optional[int] = ...) -> None: ...
 
 class Window(_message.Message):
-    __slots__ = ("layout_id", "sequence", "start_seconds", "end_seconds", "tokens", "values", "lifetime", "coalesced")
+    __slots__ = ("layout_id", "sequence", "start_seconds", "end_seconds", "tokens", "values", "lifetime", "coalesced", "histogram")
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +89,7 @@ class Window(_message.Message):
     VALUES_FIELD_NUMBER: _ClassVar[int]
     LIFETIME_FIELD_NUMBER: _ClassVar[int]
     COALESCED_FIELD_NUMBER: _ClassVar[int]
+    HISTOGRAM_FIELD_NUMBER: _ClassVar[int]
     layout_id: int
     sequence: int
     start_seconds: float
@@ -95,7 +98,8 @@ class Window(_message.Message):
     values: bytes
     lifetime: bytes
     coalesced: int
-    def __init__(self, layout_id: _Optional[int] = ..., sequence: _Optional[int] = ..., start_seconds: _Optional[float] = ..., end_seconds: _Optional[float] = ..., tokens: _Optional[_Iterable[int]] = ..., values: _Optional[bytes] = ..., lifetime: _Optional[bytes] = ..., coalesced: _Optional[int] = ...) -> None: ...
+    histogram: bytes
+    def __init__(self, layout_id: _Optional[int] = ..., sequence: _Optional[int] = ..., start_seconds: _Optional[float] = ..., end_seconds: _Optional[float] = ..., tokens: _Optional[_Iterable[int]] = ..., values: _Optional[bytes] = ..., lifetime: _Optional[bytes] = ..., coalesced: _Optional[int] = ..., histogram: _Optional[bytes] = ...) -> None: ...
 
 class WindowAck(_message.Message):
     __slots__ = ("sequence",)

@@ -1,4 +1,4 @@
-"""Hop 2/9 on a CPU: builds ``observe.cpp`` at the first start and loads it.
+"""Hops 2/9 and 3/9 on a CPU: builds ``kernels.cpp`` at the first start and loads it.
 
 Built against torch's stable ABI with the compiler that Inductor uses, in about three seconds; kept beside vLLM's own
 compiled artefacts, one file per source, torch version and processor.
@@ -18,23 +18,23 @@ import torch
 
 from maxact_vllm import compat
 
-_SOURCE: Final = Path(__file__).with_name("observe.cpp")
+_SOURCE: Final = Path(__file__).with_name("kernels.cpp")
 _TIMEOUT_SECONDS: Final = 120
 _TORCH_2_10: Final = "0x020a000000000000"
 """The first torch with all we use of the stable ABI."""
 
 
 class BuildError(RuntimeError):
-    """The kernel cannot be built here. The message says why."""
+    """The kernels cannot be built here. The message says why."""
 
 
 def load() -> None:
-    """Implement ``maxact::observe`` for CPU tensors. Raises `BuildError` without a compiler that can."""
+    """Implement ``maxact::observe`` and ``fold`` for CPU tensors. Raises `BuildError` without a compiler that can."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if not compiler:
         raise BuildError("no C++ compiler (CXX, g++ or clang++)")
     command = [compiler, *_flags()]
-    library = _folder() / f"observe-{_key(command)}.so"
+    library = _folder() / f"kernels-{_key(command)}.so"
     if not library.exists():
         _build(command, library)
     try:

@@ -1,4 +1,4 @@
-"""Hop 3/9 on a GPU: `fold.fold` as one Triton kernel, one program per site.
+"""Hop 3/9 on a GPU: `fold.reference` as one Triton kernel, one program per site.
 
 Launched once per step on the model's stream. A program owns its site, so accumulating needs no atomics: steps are
 ordered by the stream. Padded rows are never loaded.
@@ -16,13 +16,12 @@ _BLOCK = 512
 
 
 # Without this every new divisibility of an integer would compile the kernel once more, in the middle of serving.
-@triton.jit(do_not_specialize=["num_tokens", "uniform_phase"])  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=["num_tokens"])  # type: ignore[untyped-decorator, unused-ignore]
 def _fold_kernel(  # type: ignore[no-untyped-def]
     block_ptr,  # float32 [4, sites, padded]: max, min, sum_squares, sum_abs per token; max is reset to -inf
-    codes_ptr,  # int8 [num_tokens]: phase of each token; unused where UNIFORM
+    codes_ptr,  # int8 [num_tokens]: phase of each token; where UNIFORM int8 [1]: of all
     values_ptr,  # float32 [phases, sites, 5], mutated
     num_tokens,
-    uniform_phase,
     stride_stat,
     stride_site,
     num_sites,
@@ -35,8 +34,8 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
     phase_first = 0
     phase_last = PHASES
     if UNIFORM:
-        phase_first = uniform_phase
-        phase_last = uniform_phase + 1
+        phase_first = tl.load(codes_ptr).to(tl.int32)
+        phase_last = phase_first + 1
     for phase in range(phase_first, phase_last):
         into = values_ptr + (phase * num_sites + site) * 5
         top = tl.load(into)
@@ -69,19 +68,17 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
         tl.store(into + 4, broken)
 
 
-def fold_on_gpu(block: torch.Tensor, num_tokens: int, phases: int | torch.Tensor, values: torch.Tensor) -> None:
-    """`fold.fold` on the current stream. ``phases``: one phase, or int8 ``[num_tokens]`` on the device."""
-    uniform = isinstance(phases, int)
+def fold(block: torch.Tensor, values: torch.Tensor, phases: torch.Tensor, num_tokens: int) -> None:
+    """`fold.reference` on the current stream; all tensors on the device."""
     _fold_kernel[(block.shape[1],)](
         block,
-        values if uniform else phases,
+        phases,
         values,
         num_tokens,
-        phases if uniform else 0,
         block.stride(0),
         block.stride(1),
         block.shape[1],
-        UNIFORM=uniform,
+        UNIFORM=phases.shape[0] == 1,
         PHASES=len(stats.PHASES),
         BLOCK=_BLOCK,
         num_warps=4,

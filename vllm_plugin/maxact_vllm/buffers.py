@@ -1,0 +1,71 @@
+"""Hop 2/9: memory beside the model's: what the graph writes per step, and what says which rows to sample.
+
+It is allocated before compilation and never moves, because CUDA graphs keep addresses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from maxact_proto import stats
+
+NUM_ROWS: Final = stats.NONFINITE
+"""Statistics reduced in the graph: max, min, sum_squares, sum_abs. Non-finite rows are recognized when folding."""
+
+_ALIGNMENT = 64
+"""Rows start at multiples of 256 bytes: Inductor copies inputs that are aligned to less than 16 bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """What the graph writes and reads beside the model's own tensors; addresses that never change."""
+
+    block: torch.Tensor
+    """One float per (statistic, site, token): float32 ``[NUM_ROWS, num_sites, padded tokens]``. In memory the rows of
+    one site, and the sites of one group, lie side by side."""
+    histograms: torch.Tensor
+    """int64 ``[num_sites, NUM_BINS]``: elements by magnitude, counted up for ever."""
+    sampling: torch.Tensor
+    """int64 ``[1]``: which rows of the step are counted (`observe.sampled`)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all of them."""
+        return int(self.block.nbytes + self.histograms.nbytes)
+
+
+def allocate(num_sites: int, max_tokens: int, device: torch.device) -> Buffers:
+    """Buffers of ``num_sites`` sites and steps of up to ``max_tokens`` rows."""
+    padded = -(-max_tokens // _ALIGNMENT) * _ALIGNMENT
+    sites = _full((num_sites, NUM_ROWS, padded), -np.inf, np.float32, device)
+    histograms = _full((num_sites, stats.NUM_BINS), 0, np.int64, device)
+    return Buffers(sites.transpose(0, 1), histograms, _full((1,), 0, np.int64, device))
+
+
+def _full(shape: tuple[int, ...], value: float, dtype: Any, device: torch.device) -> torch.Tensor:
+    # By way of numpy: vLLM may have set a default device and dtype.
+    return torch.from_numpy(np.full(shape, value, dtype)).to(device)
+
+
+def own_storage(part: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous ``part`` behind a storage that nothing else shares, as far as autograd can tell."""
+    if part.device.type == "cpu":
+        return torch.from_numpy(part.numpy())
+    return torch.as_tensor(_CudaMemory(part), device=part.device)
+
+
+class _CudaMemory:
+    """Keeps ``part`` alive and shows its memory to `torch.as_tensor`."""
+
+    def __init__(self, part: torch.Tensor) -> None:
+        self.part = part
+        self.__cuda_array_interface__ = {
+            "shape": tuple(part.shape),
+            "typestr": "<f4" if part.dtype == torch.float32 else "<i8",
+            "data": (part.data_ptr(), False),
+            "version": 2,
+        }

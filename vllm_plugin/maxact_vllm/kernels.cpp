@@ -1,0 +1,203 @@
+// Hops 2/9 and 3/9 on a CPU: the kernels of `observe` and `fold`, built at the first start against torch's stable ABI.
+//
+// One pass over every row: max, min, sum of squares, sum of magnitudes, sixteen values at a time in float32. Rows of the
+// sample are counted into a histogram of magnitudes as well. After the step one pass over what the rows gave.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int64_t kElementsPerTask = 1 << 15;
+// maxact_proto.stats
+constexpr int kMax = 0, kMin = 1, kSumSquares = 2, kSumAbs = 3, kNonfinite = 4, kNumStats = 5, kNumPhases = 3;
+constexpr int kNumBins = 64, kLowestOctave = -22;
+constexpr int64_t kSampleEvery = 64;
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes)));
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+template <typename Vector, typename T>
+Vector read(const T* x) {
+  Vector loaded;
+  __builtin_memcpy(&loaded, x, sizeof loaded);
+  return loaded;
+}
+
+Floats load(const float* x) { return read<Floats>(x); }
+Floats load(const _Float16* x) { return __builtin_convertvector(read<Float16s>(x), Floats); }
+Floats load(const Bfloat16* x) { return (Floats)(__builtin_convertvector(read<Halves>(x), Words) << 16); }
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+struct Lanes {
+  Floats top = Floats{} - kInf, bottom = Floats{} + kInf, squares{}, magnitudes{};
+
+  void take(Floats value) { take(value, value, value); }
+
+  void take(Floats value, Floats upper, Floats lower) {
+    top = upper > top ? upper : top;
+    bottom = lower < bottom ? lower : bottom;
+    squares += value * value;
+    magnitudes += value < 0 ? -value : value;
+  }
+};
+
+template <typename T>
+void reduce_row(const T* x, int64_t width, float* out, int64_t stride_stat) {
+  Lanes even, odd;  // two, so that one addition need not wait for the one before
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= width; column += 2 * kLanes) {
+    even.take(load(x + column));
+    odd.take(load(x + column + kLanes));
+  }
+  for (; column < width; column += kLanes) {
+    T rest[kLanes] = {};
+    const int64_t here = std::min<int64_t>(kLanes, width - column);
+    std::copy_n(x + column, here, rest);
+    const Floats value = load(rest);
+    Floats upper = value, lower = value;
+    for (int64_t lane = here; lane < kLanes; ++lane) upper[lane] = -kInf, lower[lane] = kInf;
+    even.take(value, upper, lower);
+  }
+  float max = -kInf, min = kInf, sum_squares = 0, sum_abs = 0;
+  for (const Lanes& lanes : {even, odd}) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      max = std::max(max, lanes.top[lane]);
+      min = std::min(min, lanes.bottom[lane]);
+      sum_squares += lanes.squares[lane];
+      sum_abs += lanes.magnitudes[lane];
+    }
+  }
+  // Comparisons ignore a NaN; the sum does not: let the row say so in its maximum, where the fold looks.
+  out[kMax * stride_stat] = std::isnan(sum_abs) ? sum_abs : max;
+  out[kMin * stride_stat] = min;
+  out[kSumSquares * stride_stat] = sum_squares;
+  out[kSumAbs * stride_stat] = sum_abs;
+}
+
+// Which rows are counted: every kSampleEvery-th of the first num_tokens, from offset on; none where num_tokens is 0.
+struct Sampling {
+  int64_t offset, num_tokens, weight;
+
+  explicit Sampling(int64_t packed)
+      : offset(packed & 0xffffffff), num_tokens(packed >> 32), weight(std::min(num_tokens, kSampleEvery)) {}
+};
+
+template <typename T>
+void count_row(const T* x, int64_t width, int64_t weight, int64_t* histogram) {
+  constexpr int32_t first = (127 + kLowestOctave) * 2;  // exponent and first bit of the mantissa, as in the bits
+  for (int64_t column = 0; column < width; column += kLanes) {
+    T part[kLanes] = {};
+    const int64_t here = std::min<int64_t>(kLanes, width - column);
+    std::copy_n(x + column, here, part);
+    const Integers bits = (Integers)load(part) & 0x7fffffff;
+    Integers bins = (bits >> 22) - first;
+    bins = bins < 0 ? 0 : bins;
+    bins = bins > kNumBins - 1 ? kNumBins - 1 : bins;
+    for (int64_t lane = 0; lane < here; ++lane) histogram[bins[lane]] += weight;
+  }
+}
+
+template <typename T>
+void reduce(const Tensor& tensor, float* out, int64_t stride_stat, Sampling sampling, int64_t* histogram) {
+  const T* x = static_cast<const T*>(tensor.data_ptr());
+  const int64_t width = tensor.size(1), stride = tensor.stride(0);
+  const int64_t grain = kElementsPerTask / (width + 1) + 1;
+  torch::stable::parallel_for(0, tensor.size(0), grain, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) reduce_row(x + token * stride, width, out + token, stride_stat);
+  });
+  const int64_t num_tokens = std::min(sampling.num_tokens, tensor.size(0));
+  for (int64_t token = sampling.offset; token < num_tokens; token += kSampleEvery) {
+    if (std::isfinite(out[kSumAbs * stride_stat + token])) {
+      count_row(x + token * stride, width, sampling.weight, histogram);
+    }
+  }
+}
+
+// tensors[k]: [tokens, width] of bfloat16, float16 or float32, rows contiguous; rows: float32 [sites, 4, padded tokens];
+// histograms: int64 [sites, kNumBins], never reset; sampling: int64 [1], num_tokens << 32 | offset.
+void observe(
+    std::vector<Tensor> tensors, Tensor rows, Tensor histograms, Tensor sampling, std::vector<int64_t> sites) {
+  const Sampling sampled(*static_cast<const int64_t*>(sampling.data_ptr()));
+  for (size_t k = 0; k < tensors.size(); ++k) {
+    float* out = static_cast<float*>(rows.data_ptr()) + sites[k] * rows.stride(0);
+    int64_t* histogram = static_cast<int64_t*>(histograms.data_ptr()) + sites[k] * kNumBins;
+    switch (tensors[k].scalar_type()) {
+      case ScalarType::BFloat16: reduce<Bfloat16>(tensors[k], out, rows.stride(1), sampled, histogram); break;
+      case ScalarType::Half: reduce<_Float16>(tensors[k], out, rows.stride(1), sampled, histogram); break;
+      case ScalarType::Float: reduce<float>(tensors[k], out, rows.stride(1), sampled, histogram); break;
+      default: STD_TORCH_CHECK(false, "maxact::observe takes bfloat16, float16 and float32");
+    }
+  }
+}
+
+struct Totals {
+  float max = -kInf, min = kInf;
+  double sum_squares = 0, sum_abs = 0, nonfinite = 0;  // many rows in one step: float32 would lose the small ones
+
+  void take(float top, float bottom, float squares, float magnitudes) {
+    if (top == -kInf) return;  // the site did not run
+    if (!std::isfinite(top) || !std::isfinite(bottom)) {
+      nonfinite += 1;
+      return;
+    }
+    max = std::max(max, top);
+    min = std::min(min, bottom);
+    sum_squares += squares;
+    sum_abs += magnitudes;
+  }
+
+  void merge_into(float* values) const {
+    values[kMax] = std::max(values[kMax], max);
+    values[kMin] = std::min(values[kMin], min);
+    values[kSumSquares] += sum_squares;
+    values[kSumAbs] += sum_abs;
+    values[kNonfinite] += nonfinite;
+  }
+};
+
+// block: float32 [4, sites, tokens], tokens contiguous; values: float32 [phases, sites, stats], contiguous; phases: int8
+// [num_tokens], or [1] where all rows are of one phase.
+void fold(Tensor block, Tensor values, Tensor phases, int64_t num_tokens) {
+  const int64_t num_sites = block.size(1), stride_stat = block.stride(0);
+  const int8_t* phase = static_cast<const int8_t*>(phases.data_ptr());
+  const int64_t step = phases.size(0) == 1 ? 0 : 1;
+  float* into = static_cast<float*>(values.data_ptr());
+  for (int64_t site = 0; site < num_sites; ++site) {
+    float* top = static_cast<float*>(block.data_ptr()) + site * block.stride(1);
+    Totals totals[kNumPhases];
+    for (int64_t token = 0; token < num_tokens; ++token) {
+      totals[phase[token * step]].take(
+          top[token], top[stride_stat * kMin + token], top[stride_stat * kSumSquares + token],
+          top[stride_stat * kSumAbs + token]);
+    }
+    std::fill_n(top, num_tokens, -kInf);
+    for (int p = 0; p < kNumPhases; ++p) totals[p].merge_into(into + (p * num_sites + site) * kNumStats);
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(maxact, CPU, library) {
+  library.impl("observe", TORCH_BOX(&observe));
+  library.impl("fold", TORCH_BOX(&fold));
+}

@@ -1,0 +1,45 @@
+"""Hops 2/9 and 3/9: the operations ``maxact::observe``, ``fork``, ``join`` and ``fold``, and what runs them where.
+
+torch and Inductor know an operation by its schema; each device has its own kernel for it: Triton on a GPU, C++ on a
+CPU, plain torch where that cannot be built.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Final
+
+import torch
+
+from maxact_vllm import fold, kernels_cpu, logger, observe
+
+_OBSERVE: Final = "(Tensor[] tensors, Tensor(a!) rows, Tensor(b!) histograms, Tensor sampling, int[] sites) -> ()"
+_JOIN: Final = "(Tensor[] tensors, Tensor(a!) rows) -> ()"
+_FOLD: Final = "(Tensor(a!) block, Tensor(b!) values, Tensor phases, int num_tokens) -> ()"
+_LIBRARY: Final = torch.library.Library("maxact", "DEF")
+
+
+@functools.cache
+def define(device_type: str) -> None:
+    """Make the operations known to torch, for ``cpu`` or ``cuda``; once per process."""
+    for name, schema in (("observe", _OBSERVE), ("fork", _OBSERVE), ("join", _JOIN), ("fold", _FOLD)):
+        _LIBRARY.define(name + schema)
+        torch.library.register_fake(f"maxact::{name}", lambda *args: None, lib=_LIBRARY)
+    (_define_on_cpu if device_type == "cpu" else _define_on_gpu)()
+
+
+def _define_on_cpu() -> None:
+    try:
+        kernels_cpu.load()
+    except kernels_cpu.BuildError as error:
+        logger.warning("maxact observes this CPU the slow way: %s", error)
+        _LIBRARY.impl("observe", observe.reference, "CPU")
+        _LIBRARY.impl("fold", fold.reference, "CPU")
+
+
+def _define_on_gpu() -> None:
+    from maxact_vllm import fold_gpu, observe_gpu
+
+    for name, kernel in (("observe", observe_gpu.observe), ("fork", observe_gpu.fork), ("join", observe_gpu.join)):
+        _LIBRARY.impl(name, kernel, "CUDA")
+    _LIBRARY.impl("fold", fold_gpu.fold, "CUDA")
