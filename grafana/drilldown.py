@@ -139,6 +139,28 @@ def _crest() -> Any:
     return lines(text, _phased(("maxact_crest_ratio", "")), log=True)
 
 
+def _int8_noise() -> Any:
+    text = Text(
+        id=21,
+        title="INT-8 signal to noise",
+        description="Signal to quantization noise with one INT-8 scale of absmax / 127 for the whole tensor, estimated "
+        "from a sample of the last minutes.",
+        unit="dB",
+    )
+    return lines(text, [Query(expr=extreme(select("maxact_int8_sqnr_db", "site"), lowest=True), legend=_NAME)])
+
+
+def _int8_zeroed() -> Any:
+    text = Text(
+        id=22,
+        title="Rounded to zero by INT-8",
+        description="Share of elements that become zero with one INT-8 scale of absmax / 127 for the whole tensor, "
+        "estimated from a sample of the last minutes.",
+        unit="percentunit",
+    )
+    return lines(text, [Query(expr=extreme(select("maxact_int8_zeroed_ratio", "site")), legend=_NAME)])
+
+
 def _nonfinite() -> Any:
     text = Text(
         id=16,
@@ -215,6 +237,7 @@ def site() -> Any:
             (6, [(_flags(), 12), (_ranks(), 12)]),
             (8, [(_signed(), 12), (_bulk(), 12)]),
             (8, [(_crest(), 12), (_nonfinite(), 12)]),
+            (8, [(_int8_noise(), 12), (_int8_zeroed(), 12)]),
             (9, [(_cards(), 12), (_reference(), 12)]),
         ]
     )

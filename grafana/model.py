@@ -7,14 +7,14 @@ from typing import Any, Final
 from grafana.board import board, place
 from grafana.panels import Query, Text, lines, matrix, verdict
 from grafana.query import LAYERED, select, worst_margin
-from grafana.scales import DECADES, NONE_GOOD, OCTAVES, margin_steps
+from grafana.scales import DECADES, DECIBELS, NONE_GOOD, OCTAVES, SHARES, margin_steps
 
 from maxact_sidecar.headroom import MEANINGS
 
 _LIMITS: Final = {
     "saturation": "the largest magnitude that the deployed scale represents",
     "range": "the absmax of the calibration card",
-    "resolution": "the largest magnitude at which the bulk still survives rounding",
+    "resolution": "the absmax at whose INT-8 scale half of the elements round to zero",
     "fp16": "the largest finite fp16, 65504",
 }
 """What each meaning of headroom judges against."""
@@ -81,6 +81,30 @@ def _against(id: int, title: str, description: str, upper: str, lower: str) -> A
     return matrix(text, expr, steps=OCTAVES, decimals=2)
 
 
+def _int8_noise() -> Any:
+    text = Text(
+        id=35,
+        title="INT-8 signal to noise: site by layer",
+        description="Signal to quantization noise with one INT-8 scale of absmax / 127 for the whole tensor, estimated "
+        "from a sample of the last minutes. Red: below 10 dB.",
+        unit="dB",
+    )
+    expr = f"min by (layer, site) ({select('maxact_int8_sqnr_db', 'engine', LAYERED)})"
+    return matrix(text, expr, steps=DECIBELS, decimals=0)
+
+
+def _int8_zeroed() -> Any:
+    text = Text(
+        id=36,
+        title="Rounded to zero by INT-8: site by layer",
+        description="Share of elements that become zero with one INT-8 scale of absmax / 127 for the whole tensor, "
+        "estimated from a sample of the last minutes.",
+        unit="percentunit",
+    )
+    expr = f"max by (layer, site) ({select('maxact_int8_zeroed_ratio', 'engine', LAYERED)})"
+    return matrix(text, expr, steps=SHARES, decimals=0)
+
+
 def _heat_maps() -> list[Any]:
     prefill, decode = (select("maxact_absmax", "engine", LAYERED, phase=phase) for phase in ("prefill", "decode"))
     lifetime, window = (select(name, "engine", LAYERED) for name in ("maxact_absmax_high_water", "maxact_absmax"))
@@ -96,6 +120,8 @@ def _heat_maps() -> list[Any]:
             "Crest factor",
             "Absmax over rms. Large: few outliers far above the bulk, which a per-tensor INT-8 scale rounds to zero.",
         ),
+        _int8_noise(),
+        _int8_zeroed(),
     ]
 
 
@@ -160,5 +186,7 @@ def model() -> Any:
             (9, [(_layer_lines(), 12), (_outside_lines(), 12)]),
         ]
     )
-    description = "Layer by site: margin to each flag, absmax now and ever, prefill against decode, crest factor."
+    description = (
+        "Layer by site: margin to each flag, absmax now and ever, prefill against decode, crest factor, INT-8 error."
+    )
     return board("model", "maxact / Model", description, depth=4, panels=panels)

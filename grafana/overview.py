@@ -20,18 +20,26 @@ def _int8() -> Any:
     text = Text(
         id=1,
         title="Is INT-8 safe now?",
-        description="Sites whose activations leave the calibrated range (raised range flags). A static INT-8 scale "
-        "made from the card in use clips there. Unknown: a selected model has no card, or no sidecar is "
-        "scraped.",
-        unit="suffix: sites beyond the range",
+        description="Sites with a raised flag. Clipping: activations leave the calibrated range, so that a static "
+        "INT-8 scale made from the card in use clips, or they leave the range of the deployed scale. Resolution: one "
+        "scale for the whole tensor rounds most of it to zero. Unknown: a selected model is not judged (no card, too "
+        "few tokens), or no sidecar is scraped.",
+        unit="suffix: sites",
     )
-    flags = select("maxact_headroom_flag", "site", meaning="range")
+    said = value_mapping({"0": ("SAFE", "dark-green"), "-1": ("unknown", "#6e6e6e")})
+    queries = [
+        Query(expr=_unsafe("range|saturation"), legend="clipping"),
+        Query(expr=_unsafe("resolution"), legend="resolution"),
+    ]
+    return verdict(text, queries, steps=NONE_GOOD, mappings=[said], empty="unknown")
+
+
+def _unsafe(meanings: str) -> str:
+    """Raised flags of these meanings; -1: unknown. One flag is enough for no, one model not judged for unknown."""
+    flags = select("maxact_headroom_flag", "site", f'meaning=~"{meanings}"')
     models = f"count by (model_name) ({select('maxact_rank_up', 'engine')})"
-    # "Safe" needs every model to be judged: one flag is enough to say no, one model without a card to say nothing.
     unjudged = f"{models} unless on (model_name) count by (model_name) ({flags})"
-    expr = f"sum({flags}) > 0 or sum({flags}) unless on () ({unjudged})"
-    safe = value_mapping({"0": ("SAFE: all sites in range", "dark-green")})
-    return verdict(text, [Query(expr=expr)], steps=NONE_GOOD, mappings=[safe], empty="unknown")
+    return f"sum({flags}) > 0 or sum({flags}) unless on () ({unjudged}) or vector(-1)"
 
 
 def _worst() -> Any:

@@ -16,6 +16,12 @@ DECADES: Final[Steps] = [(None, BLUE), (1, TEAL), (10, GREEN), (100, YELLOW), (1
 OCTAVES: Final[Steps] = [(None, BLUE), (0.5, TEAL), (1, GREEN), (2, YELLOW), (4, ORANGE), (8, RED)]
 """For ratios of two magnitudes."""
 
+DECIBELS: Final[Steps] = [(None, RED), (10, ORANGE), (20, YELLOW), (30, GREEN)]
+"""For signal over quantization noise: under 10 dB a tenth of the power is noise."""
+
+SHARES: Final[Steps] = [(None, GREEN), (0.1, YELLOW), (0.25, ORANGE), (0.5, RED)]
+"""For shares of elements that are lost; half is where a `resolution` flag goes up."""
+
 NONE_GOOD: Final[Steps] = [(None, "dark-green"), (1, "dark-red")]
 """For counts of what should not be there."""
 

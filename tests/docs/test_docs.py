@@ -42,7 +42,7 @@ def test_reading_a_page_asks_nobody_else(site: Path) -> None:
 
 
 def row(name: str, kind: str, labels: tuple[str, ...], help: str) -> str:
-    return rf"\| `{name}` \| {kind} \| {', '.join(labels)} \| [a-z ]* \| {re.escape(help)} \|"
+    return rf"\| `{name}` \| {kind} \| {', '.join(labels)} \| [a-zA-Z ]* \| {re.escape(help)} \|"
 
 
 def test_the_metrics_page_is_the_catalogue() -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 import watchers
 from grafana.assets import ALERTS, RECORDED, all_queries
@@ -56,14 +57,17 @@ class Story:
 
 
 def send(worker: Worker, planted: dict[SiteKey, float]) -> None:
-    """One window of every phase: absmax 10 everywhere but where something else is planted."""
+    """One window of every phase: absmax 10 everywhere but where something else is planted, the bulk around 4."""
     values = stats.empty(len(SITES))
     tokens = (1, 30, 20)
+    histogram = np.zeros((len(SITES), stats.NUM_BINS), np.float32)
+    histogram[:, np.searchsorted(stats.BIN_EDGES, 4.0)] = WIDTH * sum(tokens)
     for index, site in enumerate(SITES):
         peak = planted.get(site, 10.0)
         for phase, count in enumerate(tokens):
             values[phase, index] = (peak, -peak / 2, WIDTH * count * 4.0, WIDTH * count * 1.0, 0)
-    worker.send(0, values=values, lifetime=values[..., : stats.NUM_EXTREMA].copy(), tokens=tokens)
+    lifetime = values[..., : stats.NUM_EXTREMA].copy()
+    worker.send(0, values=values, lifetime=lifetime, tokens=tokens, histogram=histogram)
 
 
 class Traffic:

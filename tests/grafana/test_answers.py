@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed"),
 ]
 
+UNKNOWN = -1
 PLACE = 'job="maxact", instance="s", model_name="m", engine="0"'
 FLAGGED = f'{{{PLACE}, layer="9", site="hidden", meaning="range"}}'
 CALM = f'{{{PLACE}, layer="3", site="hidden", meaning="range"}}'
@@ -57,6 +58,8 @@ def test_the_worst_sites_show_the_value_that_raised_the_flag(tmp_path: Path) -> 
 
 def test_safe_is_not_said_of_a_model_without_a_card(tmp_path: Path) -> None:
     stranger = 'maxact_rank_up{job="maxact", instance="s", model_name="other", engine="0", rank="pp0tp0"}'
-    answer = f"count({QUERIES['Is INT-8 safe now? / A']}) or vector(0)"
-    assert gives(answer, 1, series=SERIES, at_seconds=720, scrape=60, folder=tmp_path)
-    assert gives(answer, 0, series={**SERIES, stranger: "1x20"}, at_seconds=720, scrape=60, folder=tmp_path)
+    clipping, resolution = (QUERIES[f"Is INT-8 safe now? / {letter}"] for letter in "AB")
+    assert gives(clipping, 0, series=SERIES, at_seconds=720, scrape=60, folder=tmp_path)
+    assert gives(clipping, UNKNOWN, series={**SERIES, stranger: "1x20"}, at_seconds=720, scrape=60, folder=tmp_path)
+    assert gives(clipping, UNKNOWN, series={}, at_seconds=720, scrape=60, folder=tmp_path)
+    assert gives(resolution, UNKNOWN, series=SERIES, at_seconds=720, scrape=60, folder=tmp_path)
