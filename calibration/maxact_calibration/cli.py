@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from maxact_calibration import doctor, sites
 from maxact_calibration import serve as serving
 from maxact_proto import __version__
 from maxact_sidecar import cli as sidecar_cli
@@ -21,6 +22,8 @@ app = typer.Typer(
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serving.serve)
 app.command()(sidecar_cli.sidecar)
 app.command()(sidecar_cli.card)
+app.command()(sites.sites)
+app.command()(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:

@@ -21,16 +21,18 @@ def test_the_version_is_that_of_the_distribution() -> None:
 def test_the_help_names_every_command_and_where_to_start() -> None:
     text = _run("--help").stdout
     assert "maxact serve MODEL" in text
-    for command in ("serve", "sidecar", "card"):
+    for command in ("serve", "sidecar", "card", "sites", "doctor"):
         assert f"│ {command} " in text
 
 
-@pytest.mark.parametrize("command", ["serve", "sidecar", "card"])
+@pytest.mark.parametrize("command", ["serve", "sidecar", "card", "sites", "doctor"])
 def test_every_command_teaches_with_an_example(command: str) -> None:
     assert f"Example: maxact {command} " in " ".join(_run(command, "--help").stdout.split())
 
 
-@pytest.mark.parametrize("arguments", [["serve"], ["nonsense"], ["card", "--output"], ["sidecar", "--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [["serve"], ["nonsense"], ["card", "--output"], ["sidecar", "--nonsense"], ["sites"]]
+)
 def test_what_cannot_be_understood_ends_with_status_2_and_no_traceback(arguments: list[str]) -> None:
     done = _run(*arguments)
     assert done.returncode == 2

@@ -6,6 +6,7 @@ Nothing else in this package knows how vLLM's runners are built inside.
 from __future__ import annotations
 
 import inspect
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,27 @@ def unsupported(vllm_config: Any) -> str:
     if vllm_config.model_config.runner_type == "pooling":
         return "pooling models are not observed"
     return ""
+
+
+def build_on_meta(model: str) -> tuple[Any, Any]:
+    """The modules of a model without memory for its weights, and vLLM's configuration. vLLM 0.26-0.32.
+
+    Raises what vLLM raises for a model it does not know.
+    """
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    arguments = EngineArgs(model=model, load_format="dummy", skip_tokenizer_init=True, enforce_eager=True)
+    config = arguments.create_engine_config()
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{folder}/group", 0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        torch.set_default_dtype(config.model_config.dtype)
+        with torch.device("meta"):
+            return initialize_model(vllm_config=config), config
 
 
 def inner_model(runner: Any) -> Any:

