@@ -32,6 +32,10 @@ INTERVAL_SECONDS: Final = 0.5
 METRIC_SECONDS: Final = INTERVAL_SECONDS + 0.5
 NOTIFICATION_SECONDS: Final = 15.0
 START_SECONDS: Final = 900.0
+OF_THE_MODEL: Final = {"MaxactResolutionLost"}
+"""What this model's outliers raise with any traffic, calm or not."""
+CALM_TOKENS: Final = 48
+"""Of each calm answer: `resolution` is judged from 256 tokens on."""
 STARTED: Final = time.monotonic()
 RAISED: Final = 'meaning="range"'
 FLAG: Final = f"maxact_headroom_flag{{{RAISED}}}"
@@ -109,15 +113,15 @@ def calibrate(api: str, page: str, prometheus: watchers.Prometheus) -> None:
     """Make the calm prompts the card. Raises `E2eError` where their traffic is not silent afterwards."""
     say("calm prompts make the card")
     for prompt in CALM:
-        complete(api, prompt)
+        complete(api, prompt, tokens=CALM_TOKENS)
     time.sleep(3 * INTERVAL_SECONDS)
     card = httpx.get(f"http://{page}/api/v1/card").raise_for_status().json()
     httpx.post(f"http://{page}/api/v1/cards", json=card).raise_for_status()
     complete(api, CALM[0])
     within(10, "sites judged against the card", lambda: prometheus.query(FLAG))
     time.sleep(3)
-    if firing := prometheus.firing():
-        raise E2eError(f"calm traffic fired {sorted({alert['labels']['alertname'] for alert in firing})}")
+    if firing := {alert["labels"]["alertname"] for alert in prometheus.firing()} - OF_THE_MODEL:
+        raise E2eError(f"calm traffic fired {sorted(firing)}")
 
 
 def provoke(api: str, page: str, prometheus: watchers.Prometheus, webhook: watchers.Webhook) -> dict[str, float]:
@@ -139,9 +143,9 @@ def provoke(api: str, page: str, prometheus: watchers.Prometheus, webhook: watch
     raise E2eError("no prompt left the calibrated range")
 
 
-def complete(api: str, prompt: str) -> None:
-    """One token of an answer: the prompt went through the model when this returns."""
-    body = {"model": smol.NAME, "prompt": prompt, "max_tokens": 2, "temperature": 0}
+def complete(api: str, prompt: str, *, tokens: int = 2) -> None:
+    """Two tokens of an answer, unless more are wanted: the prompt went through the model when this returns."""
+    body = {"model": smol.NAME, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     httpx.post(f"http://{api}/v1/completions", json=body, timeout=120).raise_for_status()
 
 
