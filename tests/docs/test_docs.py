@@ -97,3 +97,27 @@ def test_the_dashboards_page_names_every_dashboard() -> None:
 def test_paths_in_the_text_exist(page: Path) -> None:
     for path in re.findall(r"\b((?:grafana|deploy|docs)/[\w./-]+\w)", page.read_text()):
         assert (ROOT / path).exists() or path == "docs/runbooks/NAME.md", f"{page.name} names {path}"
+
+
+def in_code(pattern: str) -> set[tuple[str, ...]]:
+    """What a pattern finds in code blocks and code spans of all pages."""
+    texts = [page.read_text() for page in (*PAGES, ROOT / "deploy/README.md")]
+    code = [part for text in texts for part in re.findall(r"^    .+|`[^`\n]+`", text, re.MULTILINE)]
+    return {match.groups() for part in code for match in re.finditer(pattern, part)}
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {target for (target,) in in_code(r"(?:^    |`)make ([a-z0-9-]+)")}
+    assert "demo" in named
+    assert named <= targets
+
+
+def test_every_command_that_is_named_takes_the_options_beside_it() -> None:
+    maxact = Path(sys.executable).with_name("maxact")
+    commands = in_code(r"maxact (sidecar|card)\b([^`#]*)")
+    assert len(commands) > 3
+    for command, rest in commands:
+        shown = subprocess.run([maxact, command, "--help"], capture_output=True, text=True, check=True).stdout
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert f" {option} " in shown, f"maxact {command} {option}"
