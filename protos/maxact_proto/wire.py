@@ -52,6 +52,8 @@ class Site:
     """True where tensor-parallel ranks hold slices that add up, False where each holds the whole."""
     module: str = ""
     """Module path in the served model, for people."""
+    limit: float | None = None
+    """Largest magnitude that the static scale of the served checkpoint represents; None without one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +121,14 @@ def encode_layout(layout: Layout) -> pb.StreamRequest:
         histogram_bins=stats.NUM_BINS,
     )
     for site in layout.sites:
-        message.sites.add(layer=site.layer, name=site.name, width=site.width, sharded=site.sharded, module=site.module)
+        message.sites.add(
+            layer=site.layer,
+            name=site.name,
+            width=site.width,
+            sharded=site.sharded,
+            module=site.module,
+            limit=site.limit,
+        )
     return pb.StreamRequest(layout=message)
 
 
@@ -173,12 +182,15 @@ def _decode_site(index: int, site: pb.Site) -> Site:
         raise WireError(f"layout.sites[{index}].name", f"{site.name[:MAX_STRING]!r} is not a known site")
     if site.width == 0:
         raise WireError(f"layout.sites[{index}].width", "is 0")
+    if site.HasField("limit") and not (math.isfinite(site.limit) and site.limit > 0):
+        raise WireError(f"layout.sites[{index}].limit", f"{site.limit} is not a positive magnitude")
     return Site(
         layer=site.layer if site.HasField("layer") else None,
         name=site.name,
         width=site.width,
         sharded=site.sharded,
         module=_string(f"layout.sites[{index}].module", site.module),
+        limit=site.limit if site.HasField("limit") else None,
     )
 
 

@@ -18,7 +18,7 @@ from maxact_sidecar.client import ClientError, ask
 from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP, ConfigError, make_settings
 from maxact_sidecar.headroom import MEANINGS
 
-_RANGE, _FP16, _RESOLUTION = (meaning.raise_below for meaning in MEANINGS.values())
+_RANGE, _FP16, _RESOLUTION, _SATURATION = (meaning.raise_below for meaning in MEANINGS.values())
 
 
 def sidecar(
@@ -42,6 +42,9 @@ def sidecar(
     resolution_threshold: Annotated[
         float, typer.Option(metavar="R", help="Raise a resolution flag below this headroom ratio.")
     ] = _RESOLUTION,
+    saturation_threshold: Annotated[
+        float, typer.Option(metavar="R", help="Raise a saturation flag below this headroom ratio.")
+    ] = _SATURATION,
     max_series: Annotated[
         int, typer.Option(metavar="N", help="Series per scrape; more are dropped and counted.")
     ] = 200_000,
@@ -70,6 +73,7 @@ def sidecar(
             range_threshold=range_threshold,
             fp16_threshold=fp16_threshold,
             resolution_threshold=resolution_threshold,
+            saturation_threshold=saturation_threshold,
             max_series=max_series,
             max_streams=max_streams,
             insecure=insecure,

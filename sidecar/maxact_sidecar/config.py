@@ -107,6 +107,8 @@ class Settings(BaseModel):
     """Headroom ratio under which an ``fp16`` flag is raised."""
     resolution_threshold: float = Field(default=MEANINGS["resolution"].raise_below, gt=0)
     """Headroom ratio under which a ``resolution`` flag is raised."""
+    saturation_threshold: float = Field(default=MEANINGS["saturation"].raise_below, gt=0)
+    """Headroom ratio under which a ``saturation`` flag is raised."""
     insecure: bool = False
     """Allow addresses that other machines can reach, without encryption or authentication."""
     max_streams: int = Field(default=1024, ge=1)

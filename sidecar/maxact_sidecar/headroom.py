@@ -7,6 +7,7 @@ every meaning has its own limit:
 - ``fp16``: 65504, the largest finite half. Below 1 an fp16 run of this model would have overflowed.
 - ``resolution``: the absmax at whose INT-8 scale half of the elements of a linear layer's input round to zero. Below 1
   more than half do, at the scale that the absmax of this very window would need.
+- ``saturation``: scale x qmax of the static scale that the served checkpoint uses. Below 1 values are clipped now.
 
 A flag is raised when a window's ratio falls below the raise threshold, so that one spike shows at once, and cleared
 when the ratio over the hold horizon is back at the clear threshold *and* the flag has been up for its minimum time.
@@ -51,6 +52,8 @@ MEANINGS: Final = {
     "fp16": Threshold(raise_below=1.25, clear_at=1.5),
     # At 1 the median element is at the edge of rounding to zero: what is left of the tensor is its outliers.
     "resolution": Threshold(raise_below=1.0, clear_at=1.25),
+    # Nothing is clipped at 1, and a scale made from an absmax sits at 1 by design: no earlier warning.
+    "saturation": Threshold(raise_below=1.0, clear_at=1.05),
 }
 """In the order of every ``[M, ...]`` array."""
 

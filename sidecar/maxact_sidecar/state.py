@@ -172,6 +172,7 @@ class Engine:
             if rank is None:
                 rank = self._ranks[layout.rank] = merge.RankState(layout, self._place(keys))
                 self._name_sites()
+                self._set_limits()
             elif rank.layout.sites != layout.sites:
                 raise wire.WireError("layout.sites", f"differ from what {layout.rank} of this instance sent before")
             rank.streams += 1
@@ -200,7 +201,6 @@ class Engine:
         self._high_water = np.pad(self._high_water, pad, constant_values=-np.inf)
         self._nonfinite = np.pad(self._nonfinite, pad)
         self._histograms = [np.pad(half, (pad[1], (0, 0))) for half in self._histograms]
-        self._set_limits()
         # A slice is a view; an index array copies. One rank, and ranks in pipeline order, have contiguous sites.
         contiguous = (np.diff(index) == 1).all()
         return slice(int(index[0]), int(index[-1]) + 1) if contiguous else index
@@ -220,14 +220,16 @@ class Engine:
         self._sites = tuple(table.get(key) or former[key] for key in self._keys)
 
     def _set_limits(self) -> None:
-        num_sites = len(self._positions)
-        of_card = [self._range_limits.get(key, np.nan) for key in self._positions]
-        quantized = [name in resolution.INPUTS_OF_LINEAR_LAYERS for _, name in self._positions]
+        limits = np.full((len(headroom.MEANINGS), len(self._keys)), np.nan)
+        of = dict(zip(headroom.MEANINGS, limits, strict=True))
+        of["range"][:] = [self._range_limits.get(key, np.nan) for key in self._keys]
+        of["fp16"][:] = FP16_LIMIT
         histogram = np.add(*self._histograms)
-        widths = np.array([site.width for site in self._sites] + [np.inf] * (num_sites - len(self._sites)))
-        enough = histogram.sum(axis=-1) >= _FEWEST_TOKENS * widths
-        of_median = np.where(quantized & enough, resolution.median_limit(histogram), np.nan)
-        self._flags.set_limits(np.array([of_card, [FP16_LIMIT] * num_sites, of_median]))
+        quantized = np.array([name in resolution.INPUTS_OF_LINEAR_LAYERS for _, name in self._keys])
+        enough = histogram.sum(axis=-1) >= [_FEWEST_TOKENS * site.width for site in self._sites]
+        of["resolution"][:] = np.where(quantized & enough, resolution.median_limit(histogram), np.nan)
+        of["saturation"][:] = [np.nan if site.limit is None else site.limit for site in self._sites]
+        self._flags.set_limits(limits)
 
     def set_range_limits(self, limits: Mapping[SiteKey, float], now: Instant) -> None:
         """Judge ``range`` against these from now on, what is in the hold horizon included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.headroom import Instant
 from maxact_sidecar.state import Snapshot
 
-RANGE, FP16 = 0, 1
+RANGE, FP16, _, SATURATION = range(4)
 
 
 def at(seconds: float) -> Instant:
@@ -259,6 +260,19 @@ def test_fp16_is_judged_without_a_card() -> None:
     snapshot = only(fleet, 1)
     assert np.argwhere(snapshot.active).tolist() == [[FP16, 1]]
     assert np.isnan(snapshot.headroom_ratio[RANGE]).all()
+
+
+def test_a_deployed_scale_is_a_limit_from_the_first_window_on() -> None:
+    fleet = make()
+    deployed = tuple(replace(site, limit=127 * 0.5) if site.name == "down_proj_input" else site for site in SITES)
+    rank = Rank(fleet, sites=deployed)
+    rank.send(0, [100.0, 100.0, 63.0])
+    assert not only(fleet, 0).active[SATURATION].any()
+    rank.send(1, [100.0, 100.0, 64.0])
+    snapshot = only(fleet, 1)
+    assert np.argwhere(snapshot.active).tolist() == [[SATURATION, 2]]
+    assert snapshot.headroom_ratio[SATURATION, 2] == 63.5 / 64
+    assert np.isnan(snapshot.headroom_ratio[SATURATION, :2]).all()
 
 
 def test_a_card_for_another_model_changes_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

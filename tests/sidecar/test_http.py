@@ -44,7 +44,7 @@ def test_a_site_is_shown_with_its_phases_and_headroom(served: Sidecar) -> None:
     [site] = [each for each in served.get("sites", engine="0") if each["site"] == "hidden"]
     assert (site["model"], site["engine"], site["layer"], site["width"]) == (MODEL, "0", 0, WIDTH)
     assert (site["absmax"], site["absmax_high_water"]) == (6e4, 6e4)
-    assert site["headroom"] == {"range": None, "fp16": 65504 / 6e4, "resolution": None}
+    assert site["headroom"] == {"range": None, "fp16": 65504 / 6e4, "resolution": None, "saturation": None}
     prefill = site["phases"]["prefill"]
     assert prefill == {
         **{"tokens": 4, "absmax": 6e4, "max": 3e4, "min": -6e4, "rms": 1.5e4, "mean_abs": 7.5e3, "crest_ratio": 4.0},

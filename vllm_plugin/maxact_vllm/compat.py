@@ -144,6 +144,26 @@ def holds_attention(module: Any) -> bool:
     return any(isinstance(inner, AttentionLayerBase) for inner in module.modules())
 
 
+def deployed_limit(linear: Any) -> float | None:
+    """Largest magnitude that a linear layer's static input scale represents, scale x qmax; None where there is none.
+
+    Per-tensor symmetric INT-8 and FP8, after vLLM has processed the weights. vLLM 0.26-0.32.
+    """
+    scale = getattr(linear, "input_scale", None)
+    if scale is None or scale.numel() != 1 or getattr(linear, "input_zero_point", None) is not None:
+        return None
+    method = type(getattr(linear, "scheme", None) or linear.quant_method).__name__.lower()
+    if "int8" in method:
+        return float(scale) * 127
+    if "fp8" in method:
+        import torch
+        from vllm.platforms import current_platform
+
+        largest: float = torch.finfo(current_platform.fp8_dtype()).max
+        return float(scale) * largest
+    return None
+
+
 def is_missing_layer(module: Any) -> bool:
     """Whether this stands for a layer of another pipeline stage. vLLM 0.26-0.32."""
     from vllm.model_executor.models.utils import PPMissingLayer

@@ -50,6 +50,8 @@ class Tap:
     width: int
     """Elements per token on this rank."""
     sharded: bool = False
+    limit: float | None = None
+    """Largest magnitude that the static scale of the served checkpoint represents; None where it has none."""
 
 
 def in_order(taps: Sequence[Tap]) -> list[Tap]:

@@ -17,7 +17,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from maxact_vllm.compat import holds_attention, is_missing_layer
+from maxact_vllm.compat import deployed_limit, holds_attention, is_missing_layer
 from maxact_vllm.instrument import Reads, Tap
 
 
@@ -126,6 +126,7 @@ def _input_tap(index: int, site: str, path: str, parent: nn.Module, name: str) -
         reads="input",
         width=width,
         sharded=sharded,
+        limit=deployed_limit(linear),
     )
 
 

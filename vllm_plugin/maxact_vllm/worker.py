@@ -197,6 +197,14 @@ def _layout(taps: list[Tap], vllm_config: Any, settings: Settings) -> wire.Layou
     if settings.engine:
         identity["engine"] = settings.engine
     sites = tuple(
-        wire.Site(layer=tap.layer, name=tap.name, width=tap.width, sharded=tap.sharded, module=tap.path) for tap in taps
+        wire.Site(
+            layer=tap.layer,
+            name=tap.name,
+            width=tap.width,
+            sharded=tap.sharded,
+            module=tap.path,
+            limit=tap.limit,
+        )
+        for tap in taps
     )
     return wire.Layout(**identity, sites=sites, interval_seconds=settings.interval, maxact_version=__version__)

@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmaxact_proto/v1/telemetry.proto\x12\x0fmaxact_proto.v1\"p\n\rStreamRequest\x12)\n\x06layout\x18\x01 \x01(\x0b\x32\x17.maxact_proto.v1.LayoutH\x00\x12)\n\x06window\x18\x02 \x01(\x0b\x32\x17.maxact_proto.v1.WindowH\x00\x42\t\n\x07payload\"\x89\x01\n\x0eStreamResponse\x12:\n\x0flayout_accepted\x18\x01 \x01(\x0b\x32\x1f.maxact_proto.v1.LayoutAcceptedH\x00\x12\x30\n\nwindow_ack\x18\x02 \x01(\x0b\x32\x1a.maxact_proto.v1.WindowAckH\x00\x42\t\n\x07payload\"b\n\x04Site\x12\x12\n\x05layer\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0f\n\x07sharded\x18\x04 \x01(\x08\x12\x0e\n\x06module\x18\x05 \x01(\tB\x08\n\x06_layer\"\xfd\x02\n\x06Layout\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x1c\n\x14tensor_parallel_rank\x18\x04 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\x12\x1e\n\x16pipeline_parallel_rank\x18\x06 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x07 \x01(\r\x12$\n\x05sites\x18\x08 \x03(\x0b\x32\x15.maxact_proto.v1.Site\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x14\n\x0cvllm_version\x18\n \x01(\t\x12\x16\n\x0emaxact_version\x18\x0b \x01(\t\x12\r\n\x05stats\x18\x0c \x03(\t\x12\x0e\n\x06phases\x18\r \x03(\t\x12\x18\n\x10interval_seconds\x18\x0e \x01(\x01\x12\x12\n\nmodel_type\x18\x0f \x01(\t\x12\x16\n\x0ehistogram_bins\x18\x10 \x01(\r\":\n\x0eLayoutAccepted\x12\x11\n\tlayout_id\x18\x01 \x01(\x04\x12\x15\n\rlast_sequence\x18\x02 \x01(\x04\"\xb1\x01\n\x06Window\x12\x11\n\tlayout_id\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x15\n\rstart_seconds\x18\x03 \x01(\x01\x12\x13\n\x0b\x65nd_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x03(\x04\x12\x0e\n\x06values\x18\x06 \x01(\x0c\x12\x10\n\x08lifetime\x18\x07 \x01(\x0c\x12\x11\n\tcoalesced\x18\x08 \x01(\x04\x12\x11\n\thistogram\x18\t \x01(\x0c\"\x1d\n\tWindowAck\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x32\x61\n\x10TelemetryService\x12M\n\x06Stream\x12\x1e.maxact_proto.v1.StreamRequest\x1a\x1f.maxact_proto.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmaxact_proto/v1/telemetry.proto\x12\x0fmaxact_proto.v1\"p\n\rStreamRequest\x12)\n\x06layout\x18\x01 \x01(\x0b\x32\x17.maxact_proto.v1.LayoutH\x00\x12)\n\x06window\x18\x02 \x01(\x0b\x32\x17.maxact_proto.v1.WindowH\x00\x42\t\n\x07payload\"\x89\x01\n\x0eStreamResponse\x12:\n\x0flayout_accepted\x18\x01 \x01(\x0b\x32\x1f.maxact_proto.v1.LayoutAcceptedH\x00\x12\x30\n\nwindow_ack\x18\x02 \x01(\x0b\x32\x1a.maxact_proto.v1.WindowAckH\x00\x42\t\n\x07payload\"\x80\x01\n\x04Site\x12\x12\n\x05layer\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0f\n\x07sharded\x18\x04 \x01(\x08\x12\x0e\n\x06module\x18\x05 \x01(\t\x12\x12\n\x05limit\x18\x06 \x01(\x02H\x01\x88\x01\x01\x42\x08\n\x06_layerB\x08\n\x06_limit\"\xfd\x02\n\x06Layout\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\x10\n\x08instance\x18\x03 \x01(\t\x12\x1c\n\x14tensor_parallel_rank\x18\x04 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\r\x12\x1e\n\x16pipeline_parallel_rank\x18\x06 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x07 \x01(\r\x12$\n\x05sites\x18\x08 \x03(\x0b\x32\x15.maxact_proto.v1.Site\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x14\n\x0cvllm_version\x18\n \x01(\t\x12\x16\n\x0emaxact_version\x18\x0b \x01(\t\x12\r\n\x05stats\x18\x0c \x03(\t\x12\x0e\n\x06phases\x18\r \x03(\t\x12\x18\n\x10interval_seconds\x18\x0e \x01(\x01\x12\x12\n\nmodel_type\x18\x0f \x01(\t\x12\x16\n\x0ehistogram_bins\x18\x10 \x01(\r\":\n\x0eLayoutAccepted\x12\x11\n\tlayout_id\x18\x01 \x01(\x04\x12\x15\n\rlast_sequence\x18\x02 \x01(\x04\"\xb1\x01\n\x06Window\x12\x11\n\tlayout_id\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12\x15\n\rstart_seconds\x18\x03 \x01(\x01\x12\x13\n\x0b\x65nd_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x03(\x04\x12\x0e\n\x06values\x18\x06 \x01(\x0c\x12\x10\n\x08lifetime\x18\x07 \x01(\x0c\x12\x11\n\tcoalesced\x18\x08 \x01(\x04\x12\x11\n\thistogram\x18\t \x01(\x0c\"\x1d\n\tWindowAck\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x32\x61\n\x10TelemetryService\x12M\n\x06Stream\x12\x1e.maxact_proto.v1.StreamRequest\x1a\x1f.maxact_proto.v1.StreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -25,16 +25,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMREQUEST']._serialized_end=164
   _globals['_STREAMRESPONSE']._serialized_start=167
   _globals['_STREAMRESPONSE']._serialized_end=304
-  _globals['_SITE']._serialized_start=306
-  _globals['_SITE']._serialized_end=404
-  _globals['_LAYOUT']._serialized_start=407
-  _globals['_LAYOUT']._serialized_end=788
-  _globals['_LAYOUTACCEPTED']._serialized_start=790
-  _globals['_LAYOUTACCEPTED']._serialized_end=848
-  _globals['_WINDOW']._serialized_start=851
-  _globals['_WINDOW']._serialized_end=1028
-  _globals['_WINDOWACK']._serialized_start=1030
-  _globals['_WINDOWACK']._serialized_end=1059
-  _globals['_TELEMETRYSERVICE']._serialized_start=1061
-  _globals['_TELEMETRYSERVICE']._serialized_end=1158
+  _globals['_SITE']._serialized_start=307
+  _globals['_SITE']._serialized_end=435
+  _globals['_LAYOUT']._serialized_start=438
+  _globals['_LAYOUT']._serialized_end=819
+  _globals['_LAYOUTACCEPTED']._serialized_start=821
+  _globals['_LAYOUTACCEPTED']._serialized_end=879
+  _globals['_WINDOW']._serialized_start=882
+  _globals['_WINDOW']._serialized_end=1059
+  _globals['_WINDOWACK']._serialized_start=1061
+  _globals['_WINDOWACK']._serialized_end=1090
+  _globals['_TELEMETRYSERVICE']._serialized_start=1092
+  _globals['_TELEMETRYSERVICE']._serialized_end=1189
 # @@protoc_insertion_point(module_scope)

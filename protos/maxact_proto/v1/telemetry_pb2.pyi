@@ -22,18 +22,20 @@ class StreamResponse(_message.Message):
     def __init__(self, layout_accepted: _Optional[_Union[LayoutAccepted, _Mapping]] = ..., window_ack: _Optional[_Union[WindowAck, _Mapping]] = ...) -> None: ...
 
 class Site(_message.Message):
-    __slots__ = ("layer", "name", "width", "sharded", "module")
+    __slots__ = ("layer", "name", "width", "sharded", "module", "limit")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     SHARDED_FIELD_NUMBER: _ClassVar[int]
     MODULE_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
     layer: int
     name: str
     width: int
     sharded: bool
     module: str
-    def __init__(self, layer: _Optional[int] = ..., name: _Optional[str] = ..., width: _Optional[int] = ..., sharded: bool = ..., module: _Optional[str] = ...) -> None: ...
+    limit: float
+    def __init__(self, layer: _Optional[int] = ..., name: _Optional[str] = ..., width: _Optional[int] = ..., sharded: bool = ..., module: _Optional[str] = ..., limit: _Optional[float] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("model", "engine", "instance", "tensor_parallel_rank", "tensor_parallel_size", "pipeline_parallel_rank", "pipeline_parallel_size", "sites", "dtype", "vllm_version", "maxact_version", "stats", "phases", "interval_seconds", "model_type", "histogram_bins")
