@@ -7,12 +7,20 @@ from typing import Any, Final
 from grafana.board import UIDS, board, place
 from grafana.panels import Column, Query, Text, lines, matrix, rows, states, value_mapping, verdict
 from grafana.query import LAYERED, margin, select, worst_margin, worst_ratio
-from grafana.scales import FLAG, NONE_GOOD, UP, margin_steps
+from grafana.scales import FLAG, NONE_GOOD, SHARES, UP, margin_steps
 
 SITE_LINK: Final = (
     f"/d/{UIDS['site']}?${{datasource:queryparam}}&${{job:queryparam}}&${{instance:queryparam}}"
     "&var-model_name=${__data.fields.Model}&var-engine=${__data.fields.Engine}&var-layer=${__data.fields.Layer}"
     "&var-site=${__data.fields.Site}&${__url_time_range}"
+)
+
+
+_PLACE: Final = (
+    Column(field="model_name", title="Model"),
+    Column(field="engine", title="Engine", width=65),
+    Column(field="layer", title="Layer", width=60),
+    Column(field="site", title="Site", width=135, link=SITE_LINK),
 )
 
 
@@ -114,34 +122,57 @@ def _heat() -> Any:
     return matrix(text, expr, steps=margin_steps(), decimals=2)
 
 
-def _worst_sites() -> Any:
+def _clipping_sites() -> Any:
     text = Text(
         id=8,
-        title="Worst sites",
-        description="The fifteen sites and meanings with the smallest margin; while a flag is raised, the worst of "
-        "the last ten minutes. Click a site for its history.",
+        title="Worst sites: clipping",
+        description="The fifteen sites with the smallest margin to a limit of magnitude (card, deployed scale, fp16); "
+        "while a flag is raised, the worst of the last ten minutes. Click a site for its history.",
         unit="none",
     )
-    worst = f"bottomk(15, {worst_margin()})"
+    magnitude = 'meaning!="resolution"'
+    worst = f"bottomk(15, {worst_margin(magnitude)})"
     keep = "and on (job, instance, model_name, engine, layer, site, meaning)"
-    absmax = f"{select('maxact_headroom_limit', 'site')} / {worst_ratio()}"
+    limit = select("maxact_headroom_limit", "site", magnitude)
     queries = [
         Query(expr=worst),
-        Query(expr=f"{absmax} {keep} {worst}"),
+        Query(expr=f"{limit} / {worst_ratio(magnitude)} {keep} {worst}"),
         # max without () drops the metric name, which would keep the tables from being joined.
-        Query(expr=f"max without () ({select('maxact_headroom_limit', 'site')}) {keep} {worst}"),
-        Query(expr=f"max without () ({select('maxact_headroom_flag', 'site')}) {keep} {worst}"),
+        Query(expr=f"max without () ({limit}) {keep} {worst}"),
+        Query(expr=f"max without () ({select('maxact_headroom_flag', 'site', magnitude)}) {keep} {worst}"),
     ]
     columns = [
-        Column(field="model_name", title="Model"),
-        Column(field="engine", title="Engine", width=70),
-        Column(field="layer", title="Layer", width=65),
-        Column(field="site", title="Site", link=SITE_LINK),
-        Column(field="meaning", title="Against", width=80),
-        Column(field="B", title="Absmax", unit="short", width=90),
-        Column(field="C", title="Limit", unit="short", width=90),
-        Column(field="A", title="Margin", unit="none", width=80, steps=margin_steps()),
-        Column(field="D", title="Flag", unit="none", width=70, mappings=(FLAG,)),
+        *_PLACE,
+        Column(field="meaning", title="Against", width=85),
+        Column(field="B", title="Absmax", unit="short", width=85),
+        Column(field="C", title="Limit", unit="short", width=85),
+        Column(field="A", title="Margin", unit="none", width=70, steps=margin_steps()),
+        Column(field="D", title="Flag", unit="none", width=65, mappings=(FLAG,)),
+    ]
+    return rows(text, queries, columns, sort="Margin")
+
+
+def _resolution_sites() -> Any:
+    text = Text(
+        id=11,
+        title="Worst sites: resolution",
+        description="The fifteen sites where one INT-8 scale for the whole tensor loses most: the share of elements "
+        "that become zero, and the margin to the flag; while it is raised, the worst of the last ten minutes.",
+        unit="none",
+    )
+    worst = f"min without (meaning) (bottomk(15, {worst_margin(meaning='resolution')}))"
+    keep = "and on (job, instance, model_name, engine, layer, site)"
+    flag = select("maxact_headroom_flag", "site", meaning="resolution")
+    queries = [
+        Query(expr=worst),
+        Query(expr=f"max without () ({select('maxact_int8_zeroed_ratio', 'site')}) {keep} {worst}"),
+        Query(expr=f"max without (meaning) ({flag}) {keep} {worst}"),
+    ]
+    columns = [
+        *_PLACE,
+        Column(field="B", title="To zero", unit="percentunit", width=75, steps=SHARES),
+        Column(field="A", title="Margin", unit="none", width=70, steps=margin_steps("resolution")),
+        Column(field="C", title="Flag", unit="none", width=65, mappings=(FLAG,)),
     ]
     return rows(text, queries, columns, sort="Margin")
 
@@ -177,8 +208,8 @@ def overview() -> Any:
     panels = place(
         [
             (3, [(_int8(), 6), (_worst(), 5), (_drift(), 4), (_nonfinite(), 3), (_streams(), 3), (_fleet(), 3)]),
-            (9, [(_heat(), 24)]),
-            (9, [(_worst_sites(), 14), (_trend(), 6), (_health(), 4)]),
+            (9, [(_heat(), 20), (_health(), 4)]),
+            (9, [(_clipping_sites(), 11), (_resolution_sites(), 8), (_trend(), 5)]),
         ]
     )
     description = (

@@ -40,7 +40,7 @@ QUERIES = {
         ("Is INT-8 safe now? / A", 1, 0),
         ("Smallest margin / A", 0.5, 1.5),
         ("Margin to the range flag: site by layer / A", 0.5, 1.5),
-        ("Worst sites / A", 0.5, 1.5),
+        ("Worst sites: clipping / A", 0.5, 1.5),
     ],
 )
 def test_a_raised_flag_shows_its_reason_until_it_clears(
@@ -52,7 +52,7 @@ def test_a_raised_flag_shows_its_reason_until_it_clears(
 
 
 def test_the_worst_sites_show_the_value_that_raised_the_flag(tmp_path: Path) -> None:
-    absmax = f"max({QUERIES['Worst sites / B']})"
+    absmax = f"max({QUERIES['Worst sites: clipping / B']})"
     assert gives(absmax, 50 / 0.45, series=SERIES, at_seconds=360, scrape=60, folder=tmp_path)
 
 

@@ -113,8 +113,9 @@ def test_links_lead_to_the_other_dashboards_and_carry_the_variables(board: dict[
         assert url in DASHBOARDS
 
 
-def test_a_row_of_the_worst_sites_opens_that_site() -> None:
-    panel = next(panel for panel in DASHBOARDS["maxact-overview"]["panels"] if panel["title"] == "Worst sites")
+@pytest.mark.parametrize("title", ["Worst sites: clipping", "Worst sites: resolution"])
+def test_a_row_of_the_worst_sites_opens_that_site(title: str) -> None:
+    panel = next(panel for panel in DASHBOARDS["maxact-overview"]["panels"] if panel["title"] == title)
     properties = {
         (override["matcher"]["options"], entry["id"]): entry["value"]
         for override in panel["fieldConfig"]["overrides"]
