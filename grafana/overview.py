@@ -18,9 +18,9 @@ SITE_LINK: Final = (
 
 _PLACE: Final = (
     Column(field="model_name", title="Model"),
-    Column(field="engine", title="Engine", width=65),
-    Column(field="layer", title="Layer", width=60),
-    Column(field="site", title="Site", width=135, link=SITE_LINK),
+    Column(field="engine", title="Engine", width=60),
+    Column(field="layer", title="Layer", width=55),
+    Column(field="site", title="Site", width=150, link=SITE_LINK),
 )
 
 
@@ -157,22 +157,19 @@ def _resolution_sites() -> Any:
         id=11,
         title="Worst sites: resolution",
         description="The fifteen sites where one INT-8 scale for the whole tensor loses most: the share of elements "
-        "that become zero, and the margin to the flag; while it is raised, the worst of the last ten minutes.",
+        "that become zero, and the margin to the flag. Below 1 it is raised; then the worst of the last ten minutes.",
         unit="none",
     )
     worst = f"min without (meaning) (bottomk(15, {worst_margin(meaning='resolution')}))"
     keep = "and on (job, instance, model_name, engine, layer, site)"
-    flag = select("maxact_headroom_flag", "site", meaning="resolution")
     queries = [
         Query(expr=worst),
         Query(expr=f"max without () ({select('maxact_int8_zeroed_ratio', 'site')}) {keep} {worst}"),
-        Query(expr=f"max without (meaning) ({flag}) {keep} {worst}"),
     ]
     columns = [
         *_PLACE,
         Column(field="B", title="To zero", unit="percentunit", width=75, steps=SHARES),
         Column(field="A", title="Margin", unit="none", width=70, steps=margin_steps("resolution")),
-        Column(field="C", title="Flag", unit="none", width=65, mappings=(FLAG,)),
     ]
     return rows(text, queries, columns, sort="Margin")
 

@@ -69,6 +69,7 @@ def run(folder: Path, stack: ExitStack) -> dict[str, Any]:
     serve(folder, stack, api=api, page=page, receiver=receiver)
     prometheus = stack.enter_context(watchers.run_prometheus(folder, target=page, alertmanager=alertmanager))
     watchers.send_foreign_layout(receiver)
+    watchers.send_scaled_window(receiver)
     calibrate(api, page, prometheus)
     say("prompts of other kinds")
     times = provoke(api, page, prometheus, webhook)

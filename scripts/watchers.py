@@ -7,9 +7,11 @@ the addresses of this run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import http.server
 import json
 import os
+import queue
 import shutil
 import socket
 import subprocess
@@ -23,7 +25,7 @@ import grpc
 import httpx
 import yaml
 
-from maxact_proto import wire
+from maxact_proto import stats, wire
 from maxact_proto.v1 import telemetry_pb2_grpc
 
 GRAFANA: Final = Path(__file__).parents[1] / "grafana"
@@ -55,6 +57,31 @@ def send_foreign_layout(address: str) -> None:
     with grpc.insecure_channel(address) as channel, contextlib.suppress(grpc.RpcError):
         stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)  # type: ignore[no-untyped-call]
         list(stub.Stream(iter([message])))
+
+
+def send_scaled_window(address: str) -> None:
+    """One window of a tiny engine whose checkpoint carries a static scale, for the panels that show such scales."""
+    site = wire.Site(layer=0, name="mlp_input", width=64, sharded=False, limit=100.0)
+    values = stats.empty(1)
+    values[stats.PREFILL, 0] = (10, -10, 64, 32, 0)
+    window = wire.Window(
+        layout_id=0,
+        sequence=1,
+        start_seconds=time.time() - 1,
+        end_seconds=time.time(),
+        tokens=(0, 1, 0),
+        values=values,
+        lifetime=values[..., : stats.NUM_EXTREMA].copy(),
+    )
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    requests.put(wire.encode_layout(wire.Layout(model="scaled", engine="0", instance="i", sites=(site,))))
+    with grpc.insecure_channel(address) as channel:
+        stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)  # type: ignore[no-untyped-call]
+        replies = stub.Stream(iter(requests.get, None), timeout=10)
+        accepted = next(replies).layout_accepted
+        requests.put(wire.encode_window(dataclasses.replace(window, layout_id=accepted.layout_id)))
+        assert next(replies).window_ack.sequence == 1
+        requests.put(None)
 
 
 @contextlib.contextmanager

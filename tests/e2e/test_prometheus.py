@@ -29,6 +29,8 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
 MODEL: Final = 'say "hi"\\now'
 """A model name may hold what must be escaped in labels and templates."""
 SITES: Final = ((None, "embedding"), (0, "hidden"), (1, "hidden"), (1, "mlp_input"), (None, "final_norm"))
+SCALES: Final = {"mlp_input": 20.0}
+"""Largest magnitude that the checkpoint's scale of a site represents."""
 SPIKE: Final[dict[SiteKey, float]] = {(1, "hidden"): 80.0}
 INTERVAL: Final = 0.2
 
@@ -116,7 +118,9 @@ def tell(folder: Path, stack: ExitStack) -> Story:
     sidecar = Sidecar(folder / "sidecar.log", "--hold", "4", "--flag-hold", "6")
     stack.callback(sidecar.stop)
     prometheus = stack.enter_context(watchers.run_prometheus(folder, target=sidecar.http, alertmanager=alertmanager))
-    sites = tuple(wire.Site(layer=layer, name=name, width=WIDTH, sharded=False) for layer, name in SITES)
+    sites = tuple(
+        wire.Site(layer=layer, name=name, width=WIDTH, sharded=False, limit=SCALES.get(name)) for layer, name in SITES
+    )
     traffic = Traffic(sidecar.connect(layout(model=MODEL, sites=sites)))
     stack.callback(traffic.stop)
     stay_calm(seen, sidecar, prometheus)
