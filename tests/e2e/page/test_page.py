@@ -58,6 +58,20 @@ def test_a_raised_flag_changes_the_verdict_without_a_reload(browser: Any, sideca
     }
 
 
+def test_a_site_says_what_int8_would_cost_it(browser: Any, sidecar: Any) -> None:
+    _calibrated(sidecar)
+    _open(browser, sidecar)
+    browser.wait("document.querySelectorAll('.cell').length")
+    browser.evaluate("document.querySelector('.cell[data-key=\"3/down_proj_input\"]').click()")
+    facts = "document.getElementById('site-facts').textContent"
+    browser.wait(f"{facts}.includes('down_proj_input')")
+    # Crest factor 20: the scale is 0.157 sigma, so 26.9 dB, less 1.5 dB because two phases carry less than sigma.
+    text = browser.evaluate(facts)
+    assert "headroom range 1.00×, fp16" in text
+    assert "resolution 8.6" in text
+    assert "SQNR 25.4 dB, 5.5 % zeroed" in text
+
+
 def test_the_heat_map_has_one_cell_per_site_and_follows_phase_and_quantity(browser: Any, sidecar: Any) -> None:
     worker = _calibrated(sidecar)
     worker.send(layer_4_hidden=1800.0)

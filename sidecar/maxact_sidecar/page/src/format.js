@@ -28,6 +28,7 @@ export function compact(value) {
 /** A number of things: whole below a thousand. */
 export const amount = (value) => (Math.abs(value) < 1000 ? String(value) : number(value));
 export const ratio = (value) => (value === null || value === undefined ? "–" : `${number(value)}×`);
+export const decibels = (value) => (value === null || value === undefined ? "–" : `${value.toFixed(1)} dB`);
 export const count = (value) => (value ?? 0).toLocaleString("en-US");
 export const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 

@@ -14,6 +14,8 @@ export const QUANTITIES = {
   absmax: { label: "absmax now", of: (site, phase) => part(site, phase)?.absmax, show: number },
   high_water: { label: "high-water", of: (site, phase) => part(site, phase)?.absmax_high_water, show: number },
   range: { label: "headroom range", of: (site) => site.headroom.range, show: ratio, headroom: true },
+  resolution: { label: "headroom resolution", of: (site) => site.headroom.resolution, show: ratio, headroom: true },
+  saturation: { label: "headroom saturation", of: (site) => site.headroom.saturation, show: ratio, headroom: true },
   fp16: { label: "headroom fp16", of: (site) => site.headroom.fp16, show: ratio, headroom: true },
 };
 

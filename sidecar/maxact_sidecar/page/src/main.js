@@ -2,7 +2,7 @@
 import { fetchAll } from "./api.js";
 import { makeChart, onSchemeChange } from "./charts.js";
 import { $, segmented, syncSelect, text } from "./dom.js";
-import { clock, duration, key, number, place, plural, ratio } from "./format.js";
+import { clock, decibels, duration, key, number, place, plural, ratio } from "./format.js";
 import { HeatMap, QUANTITIES } from "./heatmap.js";
 import { History } from "./history.js";
 import { byUrgency, mergeEngines } from "./sites.js";
@@ -155,18 +155,23 @@ function renderReadout(site) {
   text($("readout"), site ? `${capital(place(site))}: ${summary(site)}` : wait);
 }
 
-function summary({ absmax, absmax_high_water: high, headroom: { range, fp16 } }) {
-  return `absmax ${number(absmax)}, high-water ${number(high)}, headroom range ${ratio(range)}, fp16 ${ratio(fp16)}`;
+function summary({ absmax, absmax_high_water: high, headroom }) {
+  return `absmax ${number(absmax)}, high-water ${number(high)}, ${headrooms(headroom)}`;
 }
+
+const headrooms = (headroom) =>
+  `headroom ${Object.entries(headroom).filter(([, value]) => value !== null).map(([name, value]) => `${name} ${ratio(value)}`).join(", ")}`;
 
 const capital = (sentence) => sentence[0].toUpperCase() + sentence.slice(1);
 
 function renderSite(site) {
-  const { range, fp16 } = site.headroom;
+  const { range } = site.headroom;
   const values = history.get(key(site));
   const limit = range && site.absmax ? range * site.absmax : null;
   text($("site-title"), capital(place(site)));
-  const facts = [site.module, plural(site.width, "element") + " per token", `headroom range ${ratio(range)}, fp16 ${ratio(fp16)}`];
+  const int8 = site.int8_sqnr_db === null ? null
+    : `INT-8 at absmax/127: SQNR ${decibels(site.int8_sqnr_db)}, ${(100 * site.int8_zeroed_ratio).toFixed(1)} % zeroed`;
+  const facts = [site.module, plural(site.width, "element") + " per token", headrooms(site.headroom), int8];
   text($("site-facts"), facts.filter(Boolean).join(" · ") + (limit ? ` · dashed line: calibrated absmax ${number(limit)}` : ""));
   drawPhases(site);
   const span = duration(history.times.at(-1) - history.times[0]);

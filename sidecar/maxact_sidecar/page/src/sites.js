@@ -23,10 +23,9 @@ function mergeSites(a, b) {
     phases: Object.fromEntries(PHASES.map((phase) => [phase, mergeParts([a.phases[phase], b.phases[phase]])])),
     absmax: larger(a.absmax, b.absmax),
     absmax_high_water: larger(a.absmax_high_water, b.absmax_high_water),
-    headroom: {
-      range: smaller(a.headroom.range, b.headroom.range),
-      fp16: smaller(a.headroom.fp16, b.headroom.fp16),
-    },
+    headroom: Object.fromEntries(Object.keys(a.headroom).map((name) => [name, smaller(a.headroom[name], b.headroom[name])])),
+    int8_zeroed_ratio: larger(a.int8_zeroed_ratio, b.int8_zeroed_ratio),
+    int8_sqnr_db: smaller(a.int8_sqnr_db, b.int8_sqnr_db),
   };
 }
 

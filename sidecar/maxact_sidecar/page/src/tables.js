@@ -1,7 +1,7 @@
 // The tables around the heat map: flags, worst sites, ranks, cards and the phases of the selected site.
 import { makeSpark, updateSpark } from "./charts.js";
 import { el, syncTable, text } from "./dom.js";
-import { amount, clock, count, duration, key, number, place, ratio } from "./format.js";
+import { amount, clock, count, decibels, duration, key, number, place, ratio } from "./format.js";
 import { byUrgency, mergeParts, PHASES } from "./sites.js";
 
 const WORST_ROWS = 10;
@@ -47,7 +47,8 @@ export function worstTable(table, history, onShow) {
     { title: "absmax now", numeric: true, text: (site) => number(site.absmax) },
     { title: "high-water", numeric: true, text: (site) => number(site.absmax_high_water) },
     { title: "headroom range", numeric: true, text: (site) => ratio(site.headroom.range) },
-    { title: "headroom fp16", numeric: true, text: (site) => ratio(site.headroom.fp16) },
+    { title: "headroom resolution", numeric: true, text: (site) => ratio(site.headroom.resolution) },
+    { title: "INT-8 SQNR", numeric: true, text: (site) => decibels(site.int8_sqnr_db) },
     { title: "crest factor", numeric: true, text: (site) => number(mergeParts(Object.values(site.phases))?.crest_ratio) },
     {
       title: "history",

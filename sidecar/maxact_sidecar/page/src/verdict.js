@@ -34,7 +34,12 @@ function flagged(active, { models, nowSeconds }) {
 }
 
 const severity = (flag) => flag.headroom_ratio / flag.threshold;
-const LIMITS = { range: "the calibrated absmax", fp16: "the fp16 maximum" };
+const LIMITS = {
+  range: "the calibrated absmax",
+  fp16: "the fp16 maximum",
+  resolution: "the absmax at which INT-8 zeroes half",
+  saturation: "what the deployed scale represents",
+};
 const limitName = (meaning) => LIMITS[meaning] ?? `the ${meaning} limit`;
 
 /** By how much a flagged site is out, in words. */
