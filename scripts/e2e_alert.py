@@ -116,7 +116,7 @@ def calibrate(api: str, page: str, prometheus: watchers.Prometheus) -> None:
     for prompt in CALM:
         complete(api, prompt, tokens=CALM_TOKENS)
     time.sleep(3 * INTERVAL_SECONDS)
-    card = httpx.get(f"http://{page}/api/v1/card").raise_for_status().json()
+    card = httpx.get(f"http://{page}/api/v1/card", params={"model": smol.NAME}).raise_for_status().json()
     httpx.post(f"http://{page}/api/v1/cards", json=card).raise_for_status()
     complete(api, CALM[0])
     within(10, "sites judged against the card", lambda: prometheus.query(FLAG))
