@@ -54,11 +54,12 @@ def run_engine(spec: dict[str, Any], folder: Path, **environ: str) -> Run:
             return Run(listening.receiver, dict(raw), log)
 
 
-def run_interpreted(script: str) -> None:
-    """Run a program beside this file under Triton's interpreter; it compares a kernel with its reference."""
+def run_interpreted(script: str) -> str:
+    """Run a program under Triton's interpreter that compares a kernel with its reference; what it printed."""
     pytest.importorskip("triton", reason="torch for CPU brings no Triton on this platform")
     environ = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, Path(__file__).with_name(script)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "kernel and reference agree" in done.stdout
+    return done.stdout + done.stderr

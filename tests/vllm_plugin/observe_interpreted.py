@@ -38,3 +38,6 @@ if __name__ == "__main__":
     check(33, 0, [7, 64, 128, 64, 64, 64, 64, 64], torch.float16)
     check(140, 130, [7, 64], torch.bfloat16)
     print("kernel and reference agree")
+    block = torch.zeros(1, NUM_ROWS, 64)
+    observe([torch.zeros(1, 8)] * 9, block, torch.zeros(1, 64), torch.zeros(1), [0] * 9)  # one more than it takes
+    print("and what cannot be launched is survived")

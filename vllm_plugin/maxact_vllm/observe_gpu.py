@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from maxact_proto import stats
+from maxact_vllm import logger
 
 FIRST_BIN = tl.constexpr(2 * (127 + stats.LOWEST_OCTAVE))
 """Exponent and first bit of the mantissa where the first bin begins, as they stand in a float32."""
@@ -24,6 +25,8 @@ _ALL_AT_ONCE = 128 * 5
 _TAKING_TURNS = 66
 _TURN_TOKENS = 1024
 """Tokens up to which programs take turns."""
+_failed: list[bool] = []
+"""Holds something after the first failure."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -135,10 +138,30 @@ def observe(
     sampling: torch.Tensor,
     sites: list[int],
 ) -> None:
-    """`observe.reference` on the current stream, for up to 8 tensors of as many tokens."""
+    """`observe.reference` on the current stream, for up to 8 tensors of as many tokens.
+
+    A kernel that cannot be launched is logged once and observes nothing: the model goes on.
+    """
+    try:
+        if tensors and not _failed:
+            _launch(tensors, rows, histograms, sampling, sites)
+    except Exception:
+        _failed.append(True)
+        logger.exception("maxact cannot observe on this GPU; serving goes on")
+
+
+def _launch(
+    tensors: list[torch.Tensor],
+    rows: torch.Tensor,
+    histograms: torch.Tensor,
+    sampling: torch.Tensor,
+    sites: list[int],
+) -> None:
     padding = _MAX_TENSORS - len(tensors)
     every = [*tensors, *tensors[:1] * padding]
     num_tokens = tensors[0].shape[0]
+    if any(x.shape[0] != num_tokens for x in tensors):
+        raise ValueError(f"sites of one group differ in tokens: {[x.shape[0] for x in tensors]}")
     jobs = num_tokens * len(tensors)
     if jobs == 0:
         return
