@@ -29,7 +29,7 @@ from maxact_vllm.buffers import Buffers, own_storage
 _AS_EXECUTED: Final = ("o_proj_input", "mlp_input", "down_proj_input", "hidden", "attn_input")
 """Sites between two attentions in the order a forward meets them."""
 
-Reads = Literal["input", "output", "residual"]
+Reads = Literal["input", "output", "residual", "sum"]
 Pending = list[tuple[int, torch.Tensor]]
 """Sites of a group met so far in this forward: place in the group, tensor ``[tokens, width]``."""
 
@@ -38,8 +38,9 @@ Pending = list[tuple[int, torch.Tensor]]
 class Tap:
     """Where one site is read: ``reads`` of ``module``.
 
-    ``input``: the first tensor argument. ``output``: the output, or the first of a tuple. ``residual``: the second of
-    a ``(normed, residual)`` tuple, or the input of a norm that was given no residual: the residual stream itself.
+    ``input``: the first tensor argument. ``output``: the output, or the first of a tuple, or where nothing is returned
+    the last argument, which such a module fills. ``residual``: the second of a ``(normed, residual)`` tuple, or the
+    input of a norm that was given no residual: the residual stream itself. ``sum``: that of the two a layer returns.
     """
 
     layer: int | None
@@ -76,7 +77,7 @@ def _position(tap: Tap) -> tuple[int, str, int]:
         stretch = -1 if tap.name == "embedding" else 1 << 30
     else:
         stretch = tap.layer - (tap.name == "attn_input")
-    if tap.reads == "output":
+    if tap.reads in ("output", "sum"):
         # A norm may write over the output of a block: it cannot wait for the others.
         return stretch, tap.name, 0
     return stretch, "", _AS_EXECUTED.index(tap.name)
@@ -109,16 +110,20 @@ def _collect(tap: Tap, index: int, pending: Pending) -> None:
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(args[0] if args else next(iter(kwargs.values())))
 
-    def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def on_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = (*args, *kwargs.values())
+        parts = output if isinstance(output, tuple) else (output,)
         if tap.reads == "residual":
-            keep(output[1] if isinstance(output, tuple) else args[0])
+            keep(parts[1] if len(parts) > 1 else given[0])
+        elif tap.reads == "sum":
+            keep(parts[0] + parts[1])
         else:
-            keep(output[0] if isinstance(output, tuple) else output)
+            keep(given[-1] if output is None else parts[0])
 
     if tap.reads == "input":
         tap.module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
-        tap.module.register_forward_hook(on_output)
+        tap.module.register_forward_hook(on_output, with_kwargs=True)
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:

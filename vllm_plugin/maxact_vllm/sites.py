@@ -10,9 +10,12 @@ norm, so `hidden` of layer i is read at the first norm of layer i + 1 (or the fi
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -33,7 +36,7 @@ def find_taps(model: nn.Module, hidden_size: int, num_layers: int) -> list[Tap]:
     for index, layer in enumerate(layers):
         if not is_missing_layer(layer):
             taps += _layer_taps(index, f"{path}.{index}", layer, hidden_size)
-    final_norm = _final_norm(around, around_path)
+    final_norm = _final_norm(model, around, around_path)
     taps += _hidden_taps(path, list(layers), final_norm, hidden_size)
     if final_norm is not None:
         name, norm = final_norm
@@ -71,7 +74,7 @@ def _layer_taps(index: int, path: str, layer: nn.Module, hidden_size: int) -> It
     if attention is not None:
         names = ("attn_input", "o_proj_input", "attn_output")
         yield from _block_taps(index, _join(path, attention[0]), attention[1], names, hidden_size)
-    mlp = next((item for item in children if item != attention and _is_block(item[1])), None)
+    mlp = next(((name, child) for name, child in children if _is_block(child) and not holds_attention(child)), None)
     if mlp is not None:
         names = ("mlp_input", "down_proj_input", "mlp_output")
         yield from _block_taps(index, _join(path, mlp[0]), mlp[1], names, hidden_size)
@@ -90,8 +93,8 @@ def _block_taps(
 ) -> Iterator[Tap]:
     into, out_of, output = names
     linears = [(name, inner) for name, inner in block.named_modules() if isinstance(inner, LinearBase)]
-    columns = [name for name, inner in linears if not isinstance(inner, RowParallelLinear)]
-    rows = [name for name, inner in linears if isinstance(inner, RowParallelLinear)]
+    columns = [name for name, inner in linears if inner.input_size == hidden_size]
+    rows = [name for name, inner in linears if inner.output_size == hidden_size and name not in columns[:1]]
     if columns:
         yield _input_tap(index, into, path, block, columns[0])
     if rows:
@@ -134,28 +137,27 @@ def _hidden_taps(
     path: str, layers: list[nn.Module], final_norm: tuple[str, nn.Module] | None, hidden_size: int
 ) -> Iterator[Tap]:
     for index, layer in enumerate(layers):
+        behind = layers[index + 1] if index + 1 < len(layers) else None
+        norm = final_norm if behind is None else _first_norm(behind, _join(path, str(index + 1)))
         if is_missing_layer(layer):
-            yield from _hidden_before(index, path, layers, hidden_size)
+            # The last layer of the pipeline stage before this one: its residual is made by our first norm.
+            if behind is not None and norm is not None and _returns_unadded(behind) and _adds_residual(norm[1]):
+                yield _hidden(index, *norm, "residual", hidden_size)
+        elif behind is None or not is_missing_layer(behind):
+            yield _hidden_behind(index, _join(path, str(index)), layer, norm, hidden_size)
         elif not _returns_unadded(layer):
             yield _hidden(index, _join(path, str(index)), layer, "output", hidden_size)
-        elif index + 1 == len(layers):
-            if final_norm is not None:
-                yield _hidden(index, *final_norm, "residual", hidden_size)
-        elif not is_missing_layer(layers[index + 1]):
-            yield from _at_first_norm(index, path, layers[index + 1], hidden_size)
 
 
-def _hidden_before(index: int, path: str, layers: list[nn.Module], hidden_size: int) -> Iterator[Tap]:
-    """The last layer of the pipeline stage before this one: its residual is made by our first norm."""
-    following = layers[index + 1 : index + 2]
-    if following and not is_missing_layer(following[0]) and _returns_unadded(following[0]):
-        yield from _at_first_norm(index, path, following[0], hidden_size)
-
-
-def _at_first_norm(index: int, path: str, following: nn.Module, hidden_size: int) -> Iterator[Tap]:
-    norm = _first_norm(following)
-    if norm is not None:
-        yield _hidden(index, _join(path, f"{index + 1}.{norm[0]}"), norm[1], "residual", hidden_size)
+def _hidden_behind(
+    index: int, path: str, layer: nn.Module, norm: tuple[str, nn.Module] | None, hidden_size: int
+) -> Tap:
+    """The stream behind a layer, read where it is complete; ``norm`` comes next, or none does."""
+    if not _returns_unadded(layer) or (norm is not None and not _adds_residual(norm[1])):
+        return _hidden(index, path, layer, "output", hidden_size)
+    if norm is None:
+        return _hidden(index, path, layer, "sum", hidden_size)
+    return _hidden(index, *norm, "residual", hidden_size)
 
 
 def _hidden(index: int, path: str, module: nn.Module, reads: Reads, hidden_size: int) -> Tap:
@@ -166,14 +168,39 @@ def _returns_unadded(layer: nn.Module) -> bool:
     return "residual" in inspect.signature(layer.forward).parameters
 
 
-def _first_norm(layer: nn.Module) -> tuple[str, nn.Module] | None:
-    norms = [(name, child) for name, child in layer.named_children() if _is_norm(child)]
-    return next((norm for norm in norms if norm[0] == "input_layernorm"), norms[0] if norms else None)
+def _adds_residual(norm: nn.Module) -> bool:
+    """Whether ``norm(x, residual)`` returns ``x + residual``: asked of a copy, for some hand the residual through."""
+    copied = copy.deepcopy(norm).to_empty(device="cpu")
+    forward = getattr(copied, "forward_native", copied.forward)
+    weight = next(norm.parameters(), torch.empty(1))
+    x = torch.ones(1, weight.shape[-1], dtype=weight.dtype, device="cpu")
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            output = forward(x, 2 * x)
+    except TypeError:  # it takes no residual: what it is given is complete
+        return True
+    return not isinstance(output, tuple) or torch.equal(output[1], 3 * x)
 
 
-def _final_norm(around: nn.Module, path: str) -> tuple[str, nn.Module] | None:
-    norms = [(name, child) for name, child in around.named_children() if _is_norm(child)]
-    return next(((_join(path, name), child) for name, child in reversed(norms)), None)
+def _first_norm(layer: nn.Module, path: str) -> tuple[str, nn.Module] | None:
+    norms = [(_join(path, name), child) for name, child in layer.named_children() if _is_norm(child)]
+    return next((norm for norm in norms if norm[0].endswith(".input_layernorm")), norms[0] if norms else None)
+
+
+def _final_norm(model: nn.Module, around: nn.Module, path: str) -> tuple[str, nn.Module] | None:
+    """The last norm beside the layers, unless it is left to ``compute_logits``, which sees the sampled rows only."""
+    norms = [name for name, child in around.named_children() if _is_norm(child)]
+    if not norms:
+        return None
+    name = norms[-1]
+    heads = [module.compute_logits for module in model.modules() if hasattr(module, "compute_logits")]
+    if any(_names(head, name) for head in heads) and not _names(around.forward, name):
+        return None
+    return _join(path, name), around.get_submodule(name)
+
+
+def _names(method: Callable[..., Any], name: str) -> bool:
+    return name in inspect.unwrap(method).__code__.co_names
 
 
 def _is_norm(module: nn.Module) -> bool:
