@@ -5,7 +5,8 @@
 With ``--once`` it checks itself and ends with a last line ``RESULT {"demo": "ok", ...}``: ``jump_layer`` and
 ``jump_absmax`` (where calm prompts show the residual stream's massive activation, and how large), ``over_published``
 (that over its published size; 0.8 to 1.25 pass), ``largest`` (layer, site, absmax, phase over all prompts), ``flags``
-(raised), ``series`` (scraped), ``start_seconds`` (to a served, compiled model), ``cold_seconds`` (the whole demo).
+(``range`` flags raised), ``resolution_flags``, ``series`` (scraped), ``start_seconds`` (to a served, compiled model),
+``cold_seconds`` (the whole demo).
 """
 
 from __future__ import annotations
@@ -299,22 +300,29 @@ def _show(found: dict[str, Any]) -> None:
         if shown[site] <= SHOWN_PER_SITE and len(table.rows) < 12:
             table.add_row(layer, site, f"{absmax:,.1f}", phase)
     console.print(table)
-    flags = found["flags"]
-    table = Table(title=f"{len(flags)} headroom flags: traffic left the calibrated range", title_justify="left")
-    for column in ("layer", "site", "meaning", "phase", "absmax", "limit", "beyond"):
-        table.add_column(column, justify="left" if column in ("site", "meaning", "phase") else "right")
-    for flag in sorted(flags, key=lambda flag: flag["headroom_ratio"])[:10]:
+    flags = _of("range", found)
+    _show_flags(f"{len(flags)} range flags: traffic left the calibrated range", flags, shown=10)
+    flags = _of("resolution", found)
+    if flags:
+        title = f"{len(flags)} resolution flags: one INT-8 scale rounds more than half of the tensor to zero"
+        _show_flags(title, flags, shown=5)
+
+
+def _of(meaning: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(
+        (flag for flag in found["flags"] if flag["meaning"] == meaning), key=lambda flag: flag["headroom_ratio"]
+    )
+
+
+def _show_flags(title: str, flags: Sequence[dict[str, Any]], *, shown: int) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in ("layer", "site", "phase", "absmax", "limit", "beyond"):
+        table.add_column(column, justify="left" if column in ("site", "phase") else "right")
+    for flag in flags[:shown]:
         layer = "-" if flag["layer"] is None else str(flag["layer"])
         beyond = f"{100 / flag['headroom_ratio'] - 100:+.0f} %"
-        table.add_row(
-            layer,
-            flag["site"],
-            flag["meaning"],
-            flag["phase"],
-            f"{flag['absmax']:,.1f}",
-            f"{flag['limit']:,.1f}",
-            beyond,
-        )
+        values = (f"{flag['absmax']:,.1f}", f"{flag['limit']:,.1f}")
+        table.add_row(layer, flag["site"], flag["phase"], *values, beyond)
     console.print(table)
 
 
@@ -326,11 +334,12 @@ def _check(found: dict[str, Any], *, is_smollm2: bool) -> dict[str, Any]:
     result: dict[str, Any] = {"demo": "ok", "largest": [layer, site, round(absmax, 1), phase]}
     if is_smollm2:
         result |= _jump(found["card"])
-    if not found["flags"]:
-        raise DemoError("no flag fired: the diverse prompts stayed in the calibrated range")
+    if not _of("range", found):
+        raise DemoError("no range flag fired: the diverse prompts stayed in the calibrated range")
     if found["series"] < len(found["sites"]):
         raise DemoError(f"only {found['series']} series were scraped for {len(found['sites'])} sites")
-    return result | {"flags": len(found["flags"]), "series": found["series"]}
+    flags = {"flags": len(_of("range", found)), "resolution_flags": len(_of("resolution", found))}
+    return result | flags | {"series": found["series"]}
 
 
 def _jump(card: Sequence[dict[str, Any]]) -> dict[str, Any]:
