@@ -22,10 +22,19 @@ class Sidecar:
         self.url = f"http://{self.http}"
         self.log = log
         self._workers: list[Worker] = []
-        command = [program("maxact"), "sidecar", "--grpc", self.grpc, "--http", self.http, *options]
-        with log.open("ab") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=file)
+        self._command = [program("maxact"), "sidecar", "--grpc", self.grpc, "--http", self.http, *options]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, the first time or again after its end."""
+        with self.log.open("ab") as file:
+            self._process = subprocess.Popen(self._command, stdout=file, stderr=file)
         wait_for(self._is_ready, 30)
+
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        return self._process.pid
 
     def _is_ready(self) -> bool:
         assert self._process.poll() is None, self.log.read_text()
@@ -54,6 +63,7 @@ class Sidecar:
     def kill(self) -> None:
         """Let the process die at once, as a crash would."""
         self._process.kill()
+        self._process.wait(10)
 
     def stop(self) -> int:
         """Close workers, end the process; its exit status."""

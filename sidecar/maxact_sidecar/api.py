@@ -12,7 +12,7 @@ from maxact_proto import stats
 from maxact_sidecar import merge
 from maxact_sidecar.card import CardTokens, LoadedCard
 from maxact_sidecar.headroom import MEANINGS, Floats
-from maxact_sidecar.state import Snapshot
+from maxact_sidecar.snapshot import Snapshot
 
 
 class RankView(BaseModel):

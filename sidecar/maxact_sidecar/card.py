@@ -7,7 +7,7 @@ headroom meaning ``range``. It holds scalars only, no token and no text.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,8 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeIn
 
 from maxact_proto import stats
 from maxact_sidecar import merge
-from maxact_sidecar.config import describe
-from maxact_sidecar.state import SiteKey, Snapshot
+from maxact_sidecar.config import CardSource, describe
+from maxact_sidecar.snapshot import SiteKey, Snapshot
 
 SCHEMA: Literal[1] = 1
 
@@ -112,6 +112,8 @@ class LoadedCard:
     name: str
     served_model: str
     card: Card
+    configured: bool = False
+    """True where the configuration names it, False where it was loaded into the running sidecar."""
 
 
 def read_card(path: Path) -> Card:
@@ -122,6 +124,18 @@ def read_card(path: Path) -> Card:
         raise CardError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         raise CardError("\n".join(f"{path}: {line}" for line in describe(error))) from None
+
+
+def read_cards(sources: Iterable[CardSource]) -> list[LoadedCard]:
+    """The cards of a configuration, named after their files. Raises `CardError`."""
+    cards: list[LoadedCard] = []
+    for source in sources:
+        card = read_card(source.path)
+        name, model = source.path.stem, source.model or card.model
+        if any((each.name, each.served_model) == (name, model) for each in cards):
+            raise CardError(f"{source.path}: another card for model {model} is named {name!r} too; rename the file")
+        cards.append(LoadedCard(name=name, served_model=model, card=card))
+    return cards
 
 
 def build_card(snapshots: Sequence[Snapshot], *, now: float, maxact_version: str) -> Card:

@@ -28,6 +28,9 @@ def sidecar(
         list[str] | None,
         typer.Option(metavar="[MODEL=]FILE", help="Calibration card to judge range against. May be repeated."),
     ] = None,
+    state: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Keep high-water marks, flags and loaded cards here.")
+    ] = None,
     hold: Annotated[float, typer.Option(metavar="S", help="Horizon of the gauges, seconds.")] = 30.0,
     stale: Annotated[
         float, typer.Option(metavar="S", help="A gone engine's series disappear after so many seconds.")
@@ -67,6 +70,7 @@ def sidecar(
             grpc=grpc,
             http=http,
             cards=tuple(card or ()),
+            state=state,
             hold=hold,
             stale=stale,
             flag_hold=flag_hold,
@@ -87,6 +91,7 @@ def card(
     url: Annotated[str, typer.Argument(metavar="URL", help="HTTP address of a sidecar.")] = f"http://{DEFAULT_HTTP}",
     output: Annotated[Path | None, typer.Option(metavar="F", help="Save the live state as a card here.")] = None,
     load: Annotated[Path | None, typer.Option(metavar="F", help="Judge range against this card from now on.")] = None,
+    add: Annotated[bool, typer.Option("--add", help="With --load: keep the other cards of the model.")] = False,
     model: Annotated[str | None, typer.Option(metavar="M", help="Served model, where there are several.")] = None,
     engine: Annotated[str | None, typer.Option(metavar="E", help="Engine; all engines merged if omitted.")] = None,
 ) -> None:
@@ -99,7 +104,7 @@ def card(
     if output is not None:
         _save(url, output, model, engine)
     elif load is not None:
-        _load(url, load)
+        _load(url, load, add)
 
 
 def _save(url: str, output: Path, model: str | None, engine: str | None) -> None:
@@ -114,12 +119,13 @@ def _save(url: str, output: Path, model: str | None, engine: str | None) -> None
     typer.echo(f"{output}: {document['model']}, {sites} sites, {tokens} tokens")
 
 
-def _load(url: str, path: Path) -> None:
+def _load(url: str, path: Path, add: bool) -> None:
     try:
         body = read_card(path).model_dump_json().encode()
     except CardError as error:
         fail(str(error))
-    loaded = _ask(url, "/api/v1/cards", body)
+    query = urlencode({"name": path.stem, "add": "true" if add else "false"})
+    loaded = _ask(url, f"/api/v1/cards?{query}", body)
     typer.echo(f"{path}: {loaded['model']}, {loaded['sites']} sites are judged against it")
 
 

@@ -23,7 +23,7 @@ from maxact_sidecar.card import LoadedCard
 from maxact_sidecar.config import Settings
 from maxact_sidecar.families import ENGINE, FAMILIES, JUDGED, PHASED, RANK, SITE, Family, SelfMetrics
 from maxact_sidecar.headroom import MEANINGS, Floats
-from maxact_sidecar.state import SiteKey, Snapshot
+from maxact_sidecar.snapshot import SiteKey, Snapshot
 
 TEXT: Final = text_format.CONTENT_TYPE_LATEST
 OPENMETRICS: Final = openmetrics.CONTENT_TYPE_LATEST

@@ -95,6 +95,8 @@ class Settings(BaseModel):
     """Where metrics, API and page are served."""
     cards: tuple[Annotated[CardSource, BeforeValidator(parse_card_source)], ...] = ()
     """Calibration cards to judge ``range`` against."""
+    state: Path | None = None
+    """Folder of what outlives this process; without one nothing does."""
     hold: float = Field(default=30.0, gt=0)
     """Horizon of the gauges: an extremum is shown for at least half of it and at most all of it."""
     stale: float = Field(default=60.0, ge=0)

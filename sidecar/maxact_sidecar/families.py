@@ -115,6 +115,9 @@ class SelfMetrics:
             buckets=(1e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.5),
             registry=registry,
         )
+        self.state_errors = Counter(
+            "maxact_state_errors", "Times that state could not be written to disk", registry=registry
+        )
         self.series = Gauge("maxact_series", "Series of the last scrape, without these", registry=registry)
         self.series_dropped = Counter(
             "maxact_series_dropped", "Series left out of scrapes by the series cap", registry=registry

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from maxact_proto import wire
-from maxact_sidecar.card import Card, LoadedCard
+from maxact_sidecar.card import LoadedCard
 from maxact_sidecar.config import Settings
 from maxact_sidecar.headroom import Instant
 from maxact_sidecar.merge import RankState
-from maxact_sidecar.state import Engine, SiteKey, Snapshot
+from maxact_sidecar.snapshot import SiteKey, Snapshot
+from maxact_sidecar.state import Engine
+from maxact_sidecar.store import EngineKey, Memory
 
 _log = logging.getLogger(__name__)
 
@@ -17,10 +21,17 @@ _log = logging.getLogger(__name__)
 class Fleet:
     """Engines and cards. Changed on the event loop only; may be read from any thread."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        memories: Mapping[EngineKey, Memory] | None = None,
+        cards: Iterable[LoadedCard] = (),
+    ) -> None:
+        """No engine yet; ``memories`` and ``cards``: what was there before this process."""
         self._settings = settings
-        self._engines: dict[tuple[str, str], Engine] = {}
-        self._cards: dict[str, LoadedCard] = {}
+        self._memories = dict(memories or {})
+        self._engines: dict[EngineKey, Engine] = {}
+        self._cards = list(cards)
 
     def attach(self, layout: wire.Layout) -> tuple[Engine, RankState]:
         """The engine and rank of a worker that connected. Raises `WireError` where its sites changed.
@@ -31,7 +42,7 @@ class Fleet:
         key = (layout.model, self._label(layout))
         engine = self._engines.get(key)
         if engine is None:
-            engine = Engine(layout, key[1], self._settings, self._limits(layout.model))
+            engine = Engine(layout, key[1], self._settings, self._limits(layout.model), self._memories.pop(key, None))
             self._announce(engine)
         rank = engine.attach(layout)
         self._engines[key] = engine
@@ -49,12 +60,18 @@ class Fleet:
                 "two live engines model=%s engine=%s: the second is shown as %s; give each its own --maxact-engine",
                 *(engine.model, engine.layout.engine, engine.label),
             )
-        if self._cards and engine.model not in self._cards:
+        models = sorted({card.served_model for card in self._cards})
+        if models and engine.model not in models:
             _log.warning(
                 "no card for model=%s: its range is not judged; cards are loaded for %s, choose one with "
                 "--card MODEL=FILE",
-                *(engine.model, sorted(self._cards)),
+                *(engine.model, models),
             )
+
+    @property
+    def engines(self) -> dict[EngineKey, Engine]:
+        """Engines that return under their name, gone ones included."""
+        return {key: engine for key, engine in self._engines.items() if not engine.is_alias}
 
     def snapshots(self, now: Instant) -> list[Snapshot]:
         """Engines that are connected or left less than the stale time ago, by model and engine."""
@@ -74,23 +91,60 @@ class Fleet:
 
     @property
     def cards(self) -> list[LoadedCard]:
-        """Cards in use, by served model."""
-        return [self._cards[model] for model in sorted(self._cards)]
+        """Cards in use, by served model and name."""
+        return list(self._cards)
 
-    def use_card(self, card: Card, now: Instant, *, name: str, served_model: str | None = None) -> LoadedCard:
-        """Judge ``range`` of a served model (default: the card's own) against a card; it replaces the former one."""
-        model = served_model or card.model
-        loaded = LoadedCard(name=name, served_model=model, card=card)
-        self._cards[model] = loaded
-        served = [engine for engine in self._engines.values() if engine.model == model]
-        for engine in served:
-            engine.set_range_limits(self._limits(model), now)
-        _log.info("card loaded name=%s model=%s sites=%d tokens=%d", name, model, len(card.limits()), card.num_tokens)
-        others = sorted({engine.model for engine in self._engines.values()} - set(self._cards))
-        if not served and others:
-            _log.warning("card name=%s is for model=%s, which nobody serves here; served: %s", name, model, others)
-        return loaded
+    def configure_cards(self, cards: Iterable[LoadedCard], now: Instant) -> None:
+        """Use the cards of a configuration in place of those of the former one.
+
+        A card that was loaded into the running sidecar stays unless the configuration has one for its model.
+        """
+        configured = [replace(card, configured=True) for card in cards]
+        models = {card.served_model for card in configured}
+        loaded = [card for card in self._cards if not card.configured]
+        for card in loaded:
+            if card.served_model in models:
+                _log.warning("card name=%s model=%s gives way to the configured one", card.name, card.served_model)
+        self._set_cards([*configured, *(card for card in loaded if card.served_model not in models)], now)
+        for card in configured:
+            self._announce_card(card)
+
+    def load_card(self, loaded: LoadedCard, now: Instant, *, add: bool = False) -> None:
+        """Judge ``range`` of a served model against a card, in place of the former ones or, with ``add``, as well."""
+        others = [
+            card
+            for card in self._cards
+            if card.served_model != loaded.served_model or (add and card.name != loaded.name)
+        ]
+        self._set_cards([*others, loaded], now)
+        self._announce_card(loaded)
+
+    def _set_cards(self, cards: Iterable[LoadedCard], now: Instant) -> None:
+        former = {engine.model: self._limits(engine.model) for engine in self._engines.values()}
+        self._cards = sorted(cards, key=lambda card: (card.served_model, card.name))
+        for engine in self._engines.values():
+            limits = self._limits(engine.model)
+            if limits != former[engine.model]:
+                engine.set_range_limits(limits, now)
+
+    def _announce_card(self, loaded: LoadedCard) -> None:
+        model, card = loaded.served_model, loaded.card
+        _log.info(
+            "card loaded name=%s model=%s sites=%d tokens=%d",
+            *(loaded.name, model, len(card.limits()), card.num_tokens),
+        )
+        served = {engine.model for engine in self._engines.values()}
+        others = sorted(served - {each.served_model for each in self._cards})
+        if model not in served and others:
+            _log.warning(
+                "card name=%s is for model=%s, which nobody serves here; served: %s", loaded.name, model, others
+            )
 
     def _limits(self, model: str) -> dict[SiteKey, float]:
-        loaded = self._cards.get(model)
-        return loaded.card.limits() if loaded else {}
+        """The widest calibrated absmax per site: traffic left what was calibrated where no card covers it."""
+        limits: dict[SiteKey, float] = {}
+        for loaded in self._cards:
+            if loaded.served_model == model:
+                for key, limit in loaded.card.limits().items():
+                    limits[key] = max(limit, limits.get(key, 0.0))
+        return limits

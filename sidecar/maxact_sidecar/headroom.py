@@ -140,15 +140,16 @@ class Flags:
         self.table: FlagTable = np.zeros((len(MEANINGS), 0), FLAG)
         self._ceiling = self.limit
 
+    def add_sites(self, flags: FlagTable) -> None:
+        """Append sites with the flags they had, ``[M, S']``; positions of the others stay."""
+        self.table = np.concatenate([self.table, flags], axis=1)
+
     def set_limits(self, limit: npt.NDArray[np.float64]) -> None:
-        """Judge against ``limit [M, S]`` from now on (NaN: not judged). S may grow; positions keep their meaning."""
-        grown = np.zeros(limit.shape, FLAG)
-        grown[:, : self.table.shape[1]] = self.table
+        """Judge against ``limit [M, S]`` from now on (NaN: not judged)."""
         self.limit = np.where(limit > 0, limit, np.nan)
         judged = np.isfinite(self.limit)
         self._ceiling = np.where(judged, self.limit / self._raise_below, np.inf)
-        grown["active"] &= judged
-        self.table = grown
+        self.table["active"] &= judged
 
     def observe(self, extrema: npt.NDArray[np.float32], index: Index, now: Instant) -> list[Evidence]:
         """Judge new values; what was raised. ``extrema`` is ``[2, P, S']``, its site k stands at ``index[k]``."""

@@ -17,11 +17,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maxact_sidecar import __version__, api
-from maxact_sidecar.card import Card, CardError, build_card
+from maxact_sidecar.card import Card, CardError, LoadedCard, build_card
 from maxact_sidecar.collector import OPENMETRICS, TEXT, Collector
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.ingest import clock
-from maxact_sidecar.state import Snapshot
+from maxact_sidecar.snapshot import Snapshot
 
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 """20,000 sites x 3 phases of a card are about 15 MB."""
@@ -35,6 +35,9 @@ _PAGE_HEADERS = {
 
 Model = Annotated[str | None, Query(description="Served model name; needed where several models are served")]
 Engine = Annotated[str | None, Query(description="Engine name; all engines of the model where omitted")]
+
+Name = Annotated[str | None, Query(description="Name of the card in metrics; its model where omitted", max_length=512)]
+Add = Annotated[bool, Query(description="Keep other cards of the model: the widest range of all counts")]
 
 
 def make_app(fleet: Fleet, collector: Collector) -> FastAPI:
@@ -95,9 +98,11 @@ def _add_api(app: FastAPI, fleet: Fleet) -> None:
         return [api.view_card(card) for card in fleet.cards]
 
     @app.post("/api/v1/cards", status_code=201, responses={413: {"description": "Card too large"}})
-    async def use_card(card: Card) -> api.CardView:
-        """Judge ``range`` against this card; it replaces the card of the same model."""
-        return api.view_card(fleet.use_card(card, clock(), name=card.model))
+    async def load_card(card: Card, name: Name = None, add: Add = False) -> api.CardView:
+        """Judge ``range`` against this card, in place of those of the same model or, with ``add``, as well."""
+        loaded = LoadedCard(name=name or card.model, served_model=card.model, card=card)
+        fleet.load_card(loaded, clock(), add=add)
+        return api.view_card(loaded)
 
     @app.get(
         "/api/v1/card",

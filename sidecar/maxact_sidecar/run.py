@@ -16,13 +16,14 @@ from typing import Any
 
 import uvicorn
 
-from maxact_sidecar.card import read_card
+from maxact_sidecar.card import read_cards
 from maxact_sidecar.collector import Collector
 from maxact_sidecar.config import Address, ConfigError, Settings
 from maxact_sidecar.families import SelfMetrics
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.http import make_app
 from maxact_sidecar.ingest import Telemetry, clock, start_server
+from maxact_sidecar.store import Store
 
 _SETTLE_SECONDS = 1.0
 _GRACE_SECONDS = 0.5
@@ -33,9 +34,18 @@ _log = logging.getLogger(__name__)
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. Raises `ConfigError` and `CardError` before anything listens."""
-    fleet, metrics = Fleet(settings), SelfMetrics()
-    for source in settings.cards:
-        fleet.use_card(read_card(source.path), clock(), name=source.path.stem, served_model=source.model)
+    metrics = SelfMetrics()
+    with contextlib.ExitStack() as stack:
+        store = Store(settings.state, metrics) if settings.state else None
+        if store:
+            stack.callback(store.close)
+        await _serve(settings, metrics, store)
+
+
+async def _serve(settings: Settings, metrics: SelfMetrics, store: Store | None) -> None:
+    memories, cards = (store.load_engines(clock()), store.load_cards()) if store else ({}, [])
+    fleet = Fleet(settings, memories, cards)
+    fleet.configure_cards(read_cards(settings.cards), clock())
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -44,20 +54,30 @@ async def serve(settings: Settings) -> None:
         grpc_server, grpc = await start_server(Telemetry(fleet, settings, metrics), settings.grpc)
         http_server = _HttpServer(make_app(fleet, Collector(settings, metrics)))
         http_task = asyncio.create_task(http_server.serve(sockets=[listener]))
-        settle_task = asyncio.create_task(_settle(fleet))
+        settle_task = asyncio.create_task(_settle(fleet, store, stop))
         _log.info("sidecar ready grpc=%s page=%s metrics=%s", grpc, *_urls(http))
         await stop.wait()
         _log.info("sidecar stopping")
-        settle_task.cancel()
         http_server.should_exit = True
         await grpc_server.stop(grace=_GRACE_SECONDS)
         await http_task
+        await settle_task
+        await _remember(fleet, store)
 
 
-async def _settle(fleet: Fleet) -> None:
-    while True:
-        await asyncio.sleep(_SETTLE_SECONDS)
+async def _settle(fleet: Fleet, store: Store | None, stop: asyncio.Event) -> None:
+    while not stop.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), _SETTLE_SECONDS)
         fleet.settle(clock())
+        await _remember(fleet, store)
+
+
+async def _remember(fleet: Fleet, store: Store | None) -> None:
+    """Write what changed, on a thread: the disk may be slow."""
+    if store:
+        engines, loaded = fleet.engines, [card for card in fleet.cards if not card.configured]
+        await asyncio.to_thread(lambda: store.save({key: each.memory() for key, each in engines.items()}, loaded))
 
 
 class _HttpServer(uvicorn.Server):

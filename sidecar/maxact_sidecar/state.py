@@ -1,4 +1,4 @@
-"""Hop 7/9: the engines a sidecar knows, and immutable snapshots of them.
+"""Hop 7/9: the engines a sidecar knows.
 
 An engine is the workers of one vLLM under one (model, engine) name. Each has one lock, held for a few numpy calls:
 merging a window judges it at once, and a `Snapshot` copies under the lock while everything derived from it is computed
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,9 @@ import numpy.typing as npt
 from maxact_proto import stats, wire
 from maxact_sidecar import headroom, merge, resolution
 from maxact_sidecar.config import Settings
-from maxact_sidecar.headroom import FP16_LIMIT, Evidence, Flags, Floats, Instant
-
-SiteKey = tuple[int | None, str]
-"""(layer, site name)."""
+from maxact_sidecar.headroom import FP16_LIMIT, Evidence, Flags, Instant
+from maxact_sidecar.snapshot import RankSnapshot, SiteKey, Snapshot, peak
+from maxact_sidecar.store import Memory, empty_memory, recall
 
 _HISTOGRAM_SECONDS = 300.0
 """Horizon of histograms: a sample needs time, and shapes change slowly."""
@@ -32,104 +31,18 @@ _FEWEST_TOKENS = 256
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RankSnapshot:
-    """One worker of an engine."""
-
-    rank: str
-    connected: bool
-    last_window_seconds: float | None
-    """Arrival of its last window, seconds since the epoch."""
-    windows: int
-    coalesced: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Snapshot:
-    """One engine at one moment. P phases, S sites, M meanings."""
-
-    model: str
-    engine: str
-    instance: str
-    model_type: str
-    dtype: str
-    vllm_version: str
-    sites: tuple[wire.Site, ...]
-    """Site table, widths over all shards. The same object until it changes."""
-    keys: tuple[SiteKey, ...]
-    hold: merge.Statistics
-    """Over the hold horizon."""
-    total: merge.Statistics
-    """Since the workers started."""
-    high_water: npt.NDArray[np.float32]
-    """``[P, S]``: largest absmax ever, ``-inf`` where nothing was seen."""
-    nonfinite: npt.NDArray[np.float64]
-    """``[P, S]``: token rows, over restarts."""
-    tokens: tuple[int, ...]
-    """Per phase, over restarts."""
-    worker_tokens: tuple[int, ...]
-    """Per phase, since the workers started."""
-    windows: int
-    coalesced: int
-    ranks: tuple[RankSnapshot, ...]
-    histogram: npt.NDArray[np.float32]
-    """``[S, bins]``: elements by magnitude over the last minutes, all phases."""
-    limit: npt.NDArray[np.float64]
-    """``[M, S]``: NaN where not judged."""
-    flags: headroom.FlagTable
-    """``[M, S]``."""
-
-    @property
-    def absmax(self) -> npt.NDArray[np.float32]:
-        """``[S]``: over the hold horizon, all phases; NaN without tokens."""
-        absmax = _peak(self.hold.extrema)
-        return np.where(np.isfinite(absmax), absmax, np.float32(np.nan))
-
-    @property
-    def int8_zeroed_ratio(self) -> Floats:
-        """``[S]``: share of elements that round to zero at the scale absmax / 127; NaN where nothing was counted."""
-        return resolution.zeroed_ratio(self.histogram, self.absmax / resolution.INT8_QMAX)
-
-    @property
-    def int8_sqnr_db(self) -> Floats:
-        """``[S]``: signal to noise of INT-8 at the scale absmax / 127; NaN where nothing was counted."""
-        elements = self.hold.elements.sum(axis=0)
-        power = self.hold.sums[merge.SQUARES].sum(axis=0) / np.where(elements > 0, elements, np.nan)
-        return resolution.sqnr_db(power, resolution.noise_power(self.histogram, self.absmax / resolution.INT8_QMAX))
-
-    @property
-    def headroom_ratio(self) -> npt.NDArray[np.float64]:
-        """``[M, S]``: limit / absmax over the hold horizon; NaN where not judged or without tokens."""
-        return headroom.ratio(self.limit, self.absmax)
-
-    @property
-    def active(self) -> npt.NDArray[np.bool_]:
-        """``[M, S]``: raised flags."""
-        raised: npt.NDArray[np.bool_] = self.flags["active"]
-        return raised
-
-    @property
-    def evidence(self) -> list[Evidence]:
-        """Flags that were ever raised."""
-        return headroom.list_flags(self.flags)
-
-    @property
-    def judged(self) -> npt.NDArray[np.bool_]:
-        """``[M, S]``: sites that have a limit and were ever seen."""
-        seen: npt.NDArray[np.bool_] = np.isfinite(self.limit) & (self.high_water.max(axis=0) >= 0)
-        return seen
-
-
-def _peak(extrema: merge.Extrema) -> npt.NDArray[np.float32]:
-    """``[S]`` from ``[2, P, S]``: absmax over all phases, ``-inf`` where nothing was seen."""
-    peak: npt.NDArray[np.float32] = extrema.max(axis=(0, 1))
-    return peak
-
-
 class Engine:
     """State of one (model, engine); thread-safe."""
 
-    def __init__(self, layout: wire.Layout, label: str, settings: Settings, limits: Mapping[SiteKey, float]) -> None:
+    def __init__(
+        self,
+        layout: wire.Layout,
+        label: str,
+        settings: Settings,
+        limits: Mapping[SiteKey, float],
+        memory: Memory | None = None,
+    ) -> None:
+        """An engine nobody knows yet; ``memory``: what is known of one that had its name before this process."""
         self.model = layout.model
         self.label = label
         self.instance = layout.instance
@@ -138,6 +51,7 @@ class Engine:
         """Steady seconds since the last rank left; None while one is connected."""
         self._half_horizon = settings.hold / 2
         self._range_limits = limits
+        self._remembered = memory or empty_memory(())
         self._lock = threading.Lock()
         self._ranks: dict[str, merge.RankState] = {}
         self._positions: dict[SiteKey, int] = {}
@@ -194,11 +108,14 @@ class Engine:
 
     def _place(self, keys: list[SiteKey]) -> headroom.Index:
         """Positions of sites in the engine's table, which grows by those it does not hold yet."""
-        for key in keys:
-            self._positions.setdefault(key, len(self._positions))
+        fresh = tuple(key for key in keys if key not in self._positions)
+        for key in fresh:
+            self._positions[key] = len(self._positions)
         index = np.array([self._positions[key] for key in keys])
-        pad = ((0, 0), (0, len(self._positions) - self._high_water.shape[1]))
-        self._high_water = np.pad(self._high_water, pad, constant_values=-np.inf)
+        known = recall(self._remembered, fresh)
+        self._high_water = np.concatenate([self._high_water, known.high_water], axis=1)
+        self._flags.add_sites(known.flags)
+        pad = ((0, 0), (0, len(fresh)))
         self._nonfinite = np.pad(self._nonfinite, pad)
         self._histograms = [np.pad(half, (pad[1], (0, 0))) for half in self._histograms]
         # A slice is a view; an index array copies. One rank, and ranks in pipeline order, have contiguous sites.
@@ -227,7 +144,10 @@ class Engine:
         histogram = np.add(*self._histograms)
         quantized = np.array([name in resolution.INPUTS_OF_LINEAR_LAYERS for _, name in self._keys])
         enough = histogram.sum(axis=-1) >= [_FEWEST_TOKENS * site.width for site in self._sites]
-        of["resolution"][:] = np.where(quantized & enough, resolution.median_limit(histogram), np.nan)
+        # After a restart there is no histogram at first: a raised flag goes on with the limit it was raised at.
+        flags = self._flags.table[tuple(of).index("resolution")]
+        former = np.where(flags["active"], flags["limit"], np.nan)
+        of["resolution"][:] = np.where(quantized & enough, resolution.median_limit(histogram), former)
         of["saturation"][:] = [np.nan if site.limit is None else site.limit for site in self._sites]
         self._flags.set_limits(limits)
 
@@ -238,6 +158,14 @@ class Engine:
             self._set_limits()
             raised = self._flags.observe(self._hold_extrema(now), slice(None), now)
         self._announce("raised", raised)
+
+    def memory(self) -> Memory:
+        """What is to outlive the engine's workers and this process."""
+        with self._lock:
+            high_water = self._high_water.copy()
+            for rank in self._ranks.values():
+                high_water[:, rank.index] = np.maximum(high_water[:, rank.index], rank.lifetime.max(axis=0))
+            return Memory(keys=self._keys, high_water=high_water, flags=self._flags.table.copy())
 
     def detach(self, rank: merge.RankState, now: Instant) -> None:
         """A stream of this worker ended."""
@@ -276,7 +204,7 @@ class Engine:
         with self._lock:
             if not self._flags.due(now):
                 return
-            cleared = self._flags.settle(_peak(self._hold_extrema(now)), now)
+            cleared = self._flags.settle(peak(self._hold_extrema(now)), now)
         self._announce("cleared", cleared)
 
     def snapshot(self, now: Instant) -> Snapshot:

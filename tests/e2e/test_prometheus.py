@@ -22,7 +22,7 @@ from processes import Sidecar, wait_for
 from workers import WIDTH, Worker, layout
 
 from maxact_proto import stats, wire
-from maxact_sidecar.state import SiteKey
+from maxact_sidecar.snapshot import SiteKey
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(180)]
 

@@ -12,11 +12,11 @@ from workers import MODEL, SITES, WIDTH, layout, window
 
 from maxact_proto import stats, wire
 from maxact_sidecar import merge
-from maxact_sidecar.card import Card, build_card
+from maxact_sidecar.card import Card, LoadedCard, build_card
 from maxact_sidecar.config import make_settings
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.headroom import Instant
-from maxact_sidecar.state import Snapshot
+from maxact_sidecar.snapshot import Snapshot
 
 RANGE, FP16, _, SATURATION = range(4)
 
@@ -53,6 +53,11 @@ def only(fleet: Fleet, seconds: float) -> Snapshot:
 
 def card_of(fleet: Fleet, seconds: float) -> Card:
     return build_card(fleet.snapshots(at(seconds)), now=1.0, maxact_version="test")
+
+
+def use_card(fleet: Fleet, card: Card, now: Instant, *, name: str, add: bool = False, **given: str) -> None:
+    loaded = LoadedCard(name=name, served_model=given.get("served_model", card.model), card=card)
+    fleet.load_card(loaded, now, add=add)
 
 
 def test_extrema_of_the_hold_horizon_fade_and_the_high_water_mark_stays() -> None:
@@ -221,7 +226,7 @@ def test_range_is_judged_against_the_card_and_raised_with_evidence(caplog: pytes
     fleet = make()
     rank = Rank(fleet)
     rank.send(0, [1.0, 10.0, 2.0])
-    fleet.use_card(card_of(fleet, 1), at(1), name="calm")
+    use_card(fleet, card_of(fleet, 1), at(1), name="calm")
     caplog.set_level(logging.WARNING)
     rank.send(2, [1.0, 11.0, 2.0])  # 9 % beyond: within the threshold
     assert not only(fleet, 2).active.any()
@@ -242,7 +247,7 @@ def test_a_flag_goes_down_only_after_its_minimum_time_and_back_in_range() -> Non
     fleet = make(hold=4.0, flag_hold=10.0)
     rank = Rank(fleet)
     rank.send(0, 10.0)
-    fleet.use_card(card_of(fleet, 0), at(0), name="calm")
+    use_card(fleet, card_of(fleet, 0), at(0), name="calm")
     rank.send(1, 40.0)
     for seconds in range(2, 10):
         rank.send(seconds, 10.0)
@@ -280,7 +285,7 @@ def test_a_card_for_another_model_changes_nothing_and_says_so(caplog: pytest.Log
     rank = Rank(fleet)
     rank.send(0, 10.0)
     card = card_of(fleet, 0).model_copy(update={"model": "another/model"})
-    fleet.use_card(card, at(1), name="wrong")
+    use_card(fleet, card, at(1), name="wrong")
     rank.send(2, 1000.0)
     assert not only(fleet, 2).active.any()
     assert "which nobody serves here" in caplog.text
@@ -290,7 +295,7 @@ def test_an_engine_no_loaded_card_is_for_is_named(caplog: pytest.LogCaptureFixtu
     fleet = make()
     rank = Rank(fleet)
     rank.send(0, 10.0)
-    fleet.use_card(card_of(fleet, 0), at(1), name="calm")
+    use_card(fleet, card_of(fleet, 0), at(1), name="calm")
     Rank(fleet, model="another/model")
     assert "no card for model=another/model: its range is not judged" in caplog.text
     assert "--card MODEL=FILE" in caplog.text
@@ -301,7 +306,7 @@ def test_a_card_under_another_name_is_used_where_it_is_said_to_fit() -> None:
     rank = Rank(fleet, model="served-as")
     rank.send(0, 10.0)
     card = card_of(fleet, 0).model_copy(update={"model": "hub/name"})
-    fleet.use_card(card, at(1), name="calm", served_model="served-as")
+    use_card(fleet, card, at(1), name="calm", served_model="served-as")
     rank.send(2, 40.0)
     assert only(fleet, 2).active[RANGE].all()
 
@@ -310,10 +315,10 @@ def test_a_flag_of_a_replaced_card_goes_with_the_card() -> None:
     fleet = make(flag_hold=0.0, hold=4.0)
     rank = Rank(fleet)
     rank.send(0, 10.0)
-    fleet.use_card(card_of(fleet, 0), at(0), name="calm")
+    use_card(fleet, card_of(fleet, 0), at(0), name="calm")
     rank.send(1, 40.0)
     assert only(fleet, 1).active[RANGE].all()
-    fleet.use_card(card_of(fleet, 1), at(1), name="wide")
+    use_card(fleet, card_of(fleet, 1), at(1), name="wide")
     assert not only(fleet, 2).active.any()
 
 
@@ -337,3 +342,31 @@ def test_sums_that_overflowed_do_not_poison_later_windows() -> None:
     huge.values[stats.PREFILL, :, stats.SUM_SQUARES] = np.inf
     rank.engine.merge_window(rank.state, huge, at(0))
     assert np.isfinite(only(fleet, 1).total.sums[merge.SQUARES]).all()
+
+
+def test_traffic_is_out_of_range_only_where_no_card_of_the_model_covers_it() -> None:
+    fleet = make(flag_hold=0.0, hold=4.0)
+    rank = Rank(fleet)
+    rank.send(0, [10.0, 1.0, 10.0])
+    use_card(fleet, card_of(fleet, 0), at(0), name="english")
+    rank.send(1, [1.0, 10.0, 10.0])
+    assert np.argwhere(only(fleet, 1).active).tolist() == [[RANGE, 1]]
+    use_card(fleet, card_of(fleet, 1), at(1), name="code", add=True)
+    assert not only(fleet, 2).active.any()
+    assert [card.name for card in fleet.cards] == ["code", "english"]
+    rank.send(2, [1.0, 20.0, 1.0])
+    assert np.argwhere(only(fleet, 2).active).tolist() == [[RANGE, 1]]
+
+
+def test_a_configuration_replaces_what_it_configured_and_leaves_loaded_cards_of_other_models() -> None:
+    fleet = make()
+    Rank(fleet).send(0, 10.0)
+    card = card_of(fleet, 0)
+
+    def named(name: str, model: str) -> LoadedCard:
+        return LoadedCard(name=name, served_model=model, card=card)
+
+    fleet.configure_cards([named("a", "one"), named("b", "two")], at(0))
+    fleet.load_card(named("c", "three"), at(0))
+    fleet.configure_cards([named("d", "two")], at(1))
+    assert [(card.name, card.served_model) for card in fleet.cards] == [("c", "three"), ("d", "two")]

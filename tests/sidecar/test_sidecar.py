@@ -327,3 +327,11 @@ def test_it_stops_within_seconds_with_a_worker_connected(sidecar: Sidecar) -> No
     sidecar._process.send_signal(signal.SIGINT)
     assert sidecar._process.wait(10) == 0
     assert time.monotonic() - started < 5
+
+
+def test_a_card_is_added_from_the_command_line(sidecar: Sidecar, tmp_path: Path) -> None:
+    sidecar.connect().send([1.0, 10.0, 2.0])
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(sidecar.get("card")))
+        maxact("card", sidecar.url, "--load", str(tmp_path / f"{name}.json"), "--add").check_returncode()
+    assert [card["name"] for card in sidecar.get("cards")] == ["one", "two"]

@@ -15,7 +15,7 @@ from maxact_sidecar import merge
 from maxact_sidecar.config import make_settings
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.headroom import Instant
-from maxact_sidecar.state import Snapshot
+from maxact_sidecar.snapshot import Snapshot
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -1,0 +1,112 @@
+"""Hop 7/9: one engine at one moment, immutable; what is derived from statistics is computed when asked for.
+
+P phases, S sites, M meanings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from maxact_proto import wire
+from maxact_sidecar import headroom, merge, resolution
+from maxact_sidecar.headroom import Evidence, Floats
+
+SiteKey = tuple[int | None, str]
+"""(layer, site name)."""
+
+
+def peak(extrema: merge.Extrema) -> npt.NDArray[np.float32]:
+    """``[S]`` from ``[2, P, S]``: absmax over all phases, ``-inf`` where nothing was seen."""
+    peak: npt.NDArray[np.float32] = extrema.max(axis=(0, 1))
+    return peak
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankSnapshot:
+    """One worker of an engine."""
+
+    rank: str
+    connected: bool
+    last_window_seconds: float | None
+    """Arrival of its last window, seconds since the epoch."""
+    windows: int
+    coalesced: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """One engine at one moment."""
+
+    model: str
+    engine: str
+    instance: str
+    model_type: str
+    dtype: str
+    vllm_version: str
+    sites: tuple[wire.Site, ...]
+    """Site table, widths over all shards. The same object until it changes."""
+    keys: tuple[SiteKey, ...]
+    hold: merge.Statistics
+    """Over the hold horizon."""
+    total: merge.Statistics
+    """Since the workers started."""
+    high_water: npt.NDArray[np.float32]
+    """``[P, S]``: largest absmax ever, ``-inf`` where nothing was seen."""
+    nonfinite: npt.NDArray[np.float64]
+    """``[P, S]``: token rows, over restarts."""
+    tokens: tuple[int, ...]
+    """Per phase, over restarts."""
+    worker_tokens: tuple[int, ...]
+    """Per phase, since the workers started."""
+    windows: int
+    coalesced: int
+    ranks: tuple[RankSnapshot, ...]
+    histogram: npt.NDArray[np.float32]
+    """``[S, bins]``: elements by magnitude over the last minutes, all phases."""
+    limit: npt.NDArray[np.float64]
+    """``[M, S]``: NaN where not judged."""
+    flags: headroom.FlagTable
+    """``[M, S]``."""
+
+    @property
+    def absmax(self) -> npt.NDArray[np.float32]:
+        """``[S]``: over the hold horizon, all phases; NaN without tokens."""
+        absmax = peak(self.hold.extrema)
+        return np.where(np.isfinite(absmax), absmax, np.float32(np.nan))
+
+    @property
+    def int8_zeroed_ratio(self) -> Floats:
+        """``[S]``: share of elements that round to zero at the scale absmax / 127; NaN where nothing was counted."""
+        return resolution.zeroed_ratio(self.histogram, self.absmax / resolution.INT8_QMAX)
+
+    @property
+    def int8_sqnr_db(self) -> Floats:
+        """``[S]``: signal to noise of INT-8 at the scale absmax / 127; NaN where nothing was counted."""
+        elements = self.hold.elements.sum(axis=0)
+        power = self.hold.sums[merge.SQUARES].sum(axis=0) / np.where(elements > 0, elements, np.nan)
+        return resolution.sqnr_db(power, resolution.noise_power(self.histogram, self.absmax / resolution.INT8_QMAX))
+
+    @property
+    def headroom_ratio(self) -> npt.NDArray[np.float64]:
+        """``[M, S]``: limit / absmax over the hold horizon; NaN where not judged or without tokens."""
+        return headroom.ratio(self.limit, self.absmax)
+
+    @property
+    def active(self) -> npt.NDArray[np.bool_]:
+        """``[M, S]``: raised flags."""
+        raised: npt.NDArray[np.bool_] = self.flags["active"]
+        return raised
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """Flags that were ever raised."""
+        return headroom.list_flags(self.flags)
+
+    @property
+    def judged(self) -> npt.NDArray[np.bool_]:
+        """``[M, S]``: sites that have a limit and were ever seen."""
+        seen: npt.NDArray[np.bool_] = np.isfinite(self.limit) & (self.high_water.max(axis=0) >= 0)
+        return seen
