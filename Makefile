@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check setup proto dashboards e2e-alert bench-overhead clean
+.PHONY: help demo test check setup proto dashboards e2e-alert bench-overhead bench-sidecar clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -39,6 +39,10 @@ e2e-alert: setup ## from a prompt to a notification: vLLM, sidecar, Prometheus, 
 bench-overhead: setup ## cost of observing on this machine; ARGS= for benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_overhead.py --model "$$($(BIN)/python -c \
 	  'from maxact_calibration.model import smollm2; print(smollm2())')" $(ARGS)
+
+bench-sidecar: setup ## what a sidecar costs on this machine; ARGS= for benchmarks/bench_sidecar.py
+	@$(PYTHON) scripts/bootstrap.py --servers
+	$(BIN)/python benchmarks/bench_sidecar.py $(ARGS)
 
 clean: ## remove .venv and caches of this checkout
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache
