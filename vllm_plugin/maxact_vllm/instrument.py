@@ -104,7 +104,7 @@ def _collect(tap: Tap, index: int, pending: Pending) -> None:
     def keep(x: Any) -> None:
         if any(place == index for place, _ in pending):  # the last site of the group did not run
             pending.clear()
-        if isinstance(x, torch.Tensor):
+        if isinstance(x, torch.Tensor) and (x.ndim == 2 or x.shape[0] == 1):  # one row per token
             pending.append((index, _readable(x)))
 
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def _collect(tap: Tap, index: int, pending: Pending) -> None:
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
-    """``x`` ``[..., tokens, width]`` as the operations take it."""
+    """``x`` ``[tokens, width]`` or ``[1, tokens, width]`` as the operations take it."""
     x = x if x.ndim == 2 else x.flatten(0, -2)
     x = x if x.dtype in observe.DTYPES else x.float()
     return x if x.stride(-1) == 1 else x.contiguous()

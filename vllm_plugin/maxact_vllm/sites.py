@@ -11,7 +11,9 @@ norm, so `hidden` of layer i is read at the first norm of layer i + 1 (or the fi
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,17 +57,15 @@ def _layer_list(model: nn.Module, num_layers: int) -> tuple[str, nn.ModuleList] 
 
 
 def _embedding(around: nn.Module, path: str, hidden_size: int) -> Iterator[Tap]:
-    for name, child in around.named_children():
-        if isinstance(child, VocabParallelEmbedding) and not isinstance(child, ParallelLMHead):
-            yield Tap(
-                layer=None,
-                name="embedding",
-                path=_join(path, name),
-                module=child,
-                reads="output",
-                width=getattr(child, "embedding_dim", hidden_size),
-            )
-            return
+    """The token embedding beside the layers, or in a part of the model beside them."""
+    found = [(name, child) for name, child in around.named_modules() if _embeds(child)]
+    for name, child in sorted(found, key=lambda item: (item[0].count("."), item[1].embedding_dim != hidden_size))[:1]:
+        width = child.embedding_dim
+        yield Tap(layer=None, name="embedding", path=_join(path, name), module=child, reads="output", width=width)
+
+
+def _embeds(module: nn.Module) -> bool:
+    return isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
 
 
 def _layer_taps(index: int, path: str, layer: nn.Module, hidden_size: int) -> Iterator[Tap]:
@@ -83,9 +83,9 @@ def _layer_taps(index: int, path: str, layer: nn.Module, hidden_size: int) -> It
 
 
 def _is_block(module: nn.Module) -> bool:
-    return not _is_norm(module) and any(
-        isinstance(inner, LinearBase) for inner in module.modules() if inner is not module
-    )
+    """An MLP: it has an output projection, or experts that have one. Routers and mixers of streams have neither."""
+    inside = [(name, inner) for name, inner in module.named_modules() if inner is not module]
+    return any(_is_row(inner) or name.rpartition(".")[2] == "experts" for name, inner in inside)
 
 
 def _block_taps(
@@ -93,13 +93,18 @@ def _block_taps(
 ) -> Iterator[Tap]:
     into, out_of, output = names
     linears = [(name, inner) for name, inner in block.named_modules() if isinstance(inner, LinearBase)]
-    columns = [name for name, inner in linears if inner.input_size == hidden_size]
-    rows = [name for name, inner in linears if inner.output_size == hidden_size and name not in columns[:1]]
+    # By width too: a Mamba's convolution is a linear layer to vLLM, never called, and its inner projections are narrow.
+    rows = [name for name, inner in linears if _is_row(inner) and inner.output_size == hidden_size]
+    columns = [name for name, inner in linears if not _is_row(inner) and inner.input_size == hidden_size]
     if columns:
         yield _input_tap(index, into, path, block, columns[0])
     if rows:
         yield _input_tap(index, out_of, path, block, rows[-1])
     yield Tap(layer=index, name=output, path=path, module=block, reads="output", width=hidden_size)
+
+
+def _is_row(linear: nn.Module) -> bool:
+    return isinstance(linear, RowParallelLinear)
 
 
 def _bare_mlp_taps(index: int, path: str, layer: nn.Module) -> Iterator[Tap]:
@@ -141,43 +146,50 @@ def _hidden_taps(
         norm = final_norm if behind is None else _first_norm(behind, _join(path, str(index + 1)))
         if is_missing_layer(layer):
             # The last layer of the pipeline stage before this one: its residual is made by our first norm.
-            if behind is not None and norm is not None and _returns_unadded(behind) and _adds_residual(norm[1]):
+            if behind is not None and norm is not None and _returns_unadded(behind, hidden_size):
                 yield _hidden(index, *norm, "residual", hidden_size)
-        elif behind is None or not is_missing_layer(behind):
-            yield _hidden_behind(index, _join(path, str(index)), layer, norm, hidden_size)
-        elif not _returns_unadded(layer):
+        elif not _returns_unadded(layer, hidden_size):
             yield _hidden(index, _join(path, str(index)), layer, "output", hidden_size)
-
-
-def _hidden_behind(
-    index: int, path: str, layer: nn.Module, norm: tuple[str, nn.Module] | None, hidden_size: int
-) -> Tap:
-    """The stream behind a layer, read where it is complete; ``norm`` comes next, or none does."""
-    if not _returns_unadded(layer) or (norm is not None and not _adds_residual(norm[1])):
-        return _hidden(index, path, layer, "output", hidden_size)
-    if norm is None:
-        return _hidden(index, path, layer, "sum", hidden_size)
-    return _hidden(index, *norm, "residual", hidden_size)
+        elif behind is None or not is_missing_layer(behind):
+            if norm is not None:
+                yield _hidden(index, *norm, "residual", hidden_size)
+            else:
+                yield _hidden(index, _join(path, str(index)), layer, "sum", hidden_size)
 
 
 def _hidden(index: int, path: str, module: nn.Module, reads: Reads, hidden_size: int) -> Tap:
     return Tap(layer=index, name="hidden", path=path, module=module, reads=reads, width=hidden_size)
 
 
-def _returns_unadded(layer: nn.Module) -> bool:
-    return "residual" in inspect.signature(layer.forward).parameters
+def _returns_unadded(layer: nn.Module, hidden_size: int) -> bool:
+    """Whether the last add is left to the next norm. What a layer returns is complete where it takes no residual, or
+    overwrites the one it was given, or where its own norm adds nothing."""
+    given = "residual" in inspect.signature(layer.forward).parameters
+    if not given or _first_use(layer.forward, "residual") != "LOAD":
+        return False
+    norm = _first_norm(layer, "")
+    return norm is None or _adds_residual(norm[1], hidden_size)
 
 
-def _adds_residual(norm: nn.Module) -> bool:
+def _first_use(method: Callable[..., Any], name: str) -> str:
+    """What a method does first with a variable: ``LOAD``, ``STORE``, or nothing."""
+    for each in dis.get_instructions(inspect.unwrap(method)):
+        names = each.argval if isinstance(each.argval, tuple) else (each.argval,)  # Python 3.13 joins two in one
+        for verb, variable in zip(re.findall("LOAD|STORE", each.opname), names, strict=False):
+            if variable == name:
+                return str(verb)
+    return ""
+
+
+def _adds_residual(norm: nn.Module, width: int) -> bool:
     """Whether ``norm(x, residual)`` returns ``x + residual``: asked of a copy, for some hand the residual through."""
-    copied = copy.deepcopy(norm).to_empty(device="cpu")
+    copied = copy.deepcopy(norm).to_empty(device="cpu").float()
     forward = getattr(copied, "forward_native", copied.forward)
-    weight = next(norm.parameters(), torch.empty(1))
-    x = torch.ones(1, weight.shape[-1], dtype=weight.dtype, device="cpu")
+    x = torch.ones(1, width, dtype=torch.float32, device="cpu")
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = forward(x, 2 * x)
-    except TypeError:  # it takes no residual: what it is given is complete
+    except TypeError:  # it takes no residual
         return True
     return not isinstance(output, tuple) or torch.equal(output[1], 3 * x)
 
