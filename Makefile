@@ -1,10 +1,12 @@
 # Everything works on a fresh checkout: `demo` and `test` set up .venv first and reuse it while nothing changed.
 PYTHON ?= $(or $(shell command -v python3.11),$(shell command -v python3.12),python3)
 BIN := .venv/bin
+# Test files at a time; engines on a GPU would take each other's memory.
+JOBS ?= $(if $(shell command -v nvidia-smi),1,2)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check setup proto dashboards e2e-alert bench-overhead bench-sidecar clean
+.PHONY: help demo test check setup proto dashboards e2e-alert bench-overhead bench-sidecar architectures clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -13,9 +15,9 @@ demo: setup ## serve SmolLM2, calibrate, provoke flags; ONCE=1 checks itself; MO
 	@$(BIN)/python scripts/demo.py $(if $(ONCE),--once) $(if $(MODEL),--model "$(MODEL)") \
 	  $(if $(PORT),--port $(PORT)) $(if $(HTTP),--http $(HTTP)) $(if $(GRPC),--grpc $(GRPC))
 
-test: setup check ## format, lint, types, protocol and all tests; TESTS= and ARGS= narrow pytest down
+test: setup check ## format, lint, types, protocol and all tests; TESTS= and ARGS= narrow pytest down, JOBS= files at a time
 	@$(PYTHON) scripts/bootstrap.py --servers
-	$(BIN)/python -m pytest $(ARGS) $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 20 $(ARGS) $(TESTS)
 
 check: setup ## format, lint, types and protocol only
 	$(BIN)/ruff format --check .
@@ -43,6 +45,9 @@ bench-overhead: setup ## cost of observing on this machine; ARGS= for benchmarks
 bench-sidecar: setup ## what a sidecar costs on this machine; ARGS= for benchmarks/bench_sidecar.py
 	@$(PYTHON) scripts/bootstrap.py --servers
 	$(BIN)/python benchmarks/bench_sidecar.py $(ARGS)
+
+architectures: setup ## serve a tiny model of every architecture, write docs/architectures.md; resumes; ARGS= narrows
+	$(BIN)/python scripts/architectures.py $(ARGS)
 
 clean: ## remove .venv and caches of this checkout
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache
