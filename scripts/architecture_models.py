@@ -136,6 +136,7 @@ FIRST: Final = (
         family="DeepSeek V4",
         architecture="DeepseekV4ForCausalLM",
         model_type="deepseek_v4",
+        weights=False,
         overrides={"head_dim": 512},
         saved={"compress_ratios": [1, 1, 4, 128], "mlp_layer_types": None, "num_hash_layers": 0},
     ),
@@ -162,7 +163,15 @@ FIRST: Final = (
     _config_only("Bailing MoE V2 (Ling 2)", "BailingMoeV2ForCausalLM"),
     _recipe("Laguna", "LagunaForCausalLM", "laguna"),
     _recipe("Laguna", "LagunaForCausalLM", "laguna", variant="dense", mlp_layer_types=["dense"] * 4),
-    _recipe("ZAYA", "ZayaForCausalLM", "zaya", hidden="first", num_experts_per_tok=1, router_hidden_size=64),
+    _recipe(
+        "ZAYA",
+        "ZayaForCausalLM",
+        "zaya",
+        hidden="first",
+        num_experts_per_tok=1,
+        router_hidden_size=64,
+        num_attention_heads=2,
+    ),
     _recipe("Cohere", "CohereForCausalLM", "cohere", hidden="first"),
     _recipe("Cohere2", "Cohere2ForCausalLM", "cohere2", hidden="first"),
     _recipe("Phi-3", "Phi3ForCausalLM", "phi3"),
@@ -217,16 +226,18 @@ _SPECIAL: Final[Mapping[str, Mapping[str, Any]]] = {
     "Cohere2MoeForCausalLM": {"hidden": "first"},
     "Exaone4ForCausalLM": {"hidden": "first"},
     "HyperCLOVAXForCausalLM": {"hidden": "first"},
-    "AfmoeForCausalLM": {"score_func": "sigmoid", "route_norm": True},
+    "StableLmForCausalLM": {"hidden": "first"},
+    "AfmoeForCausalLM": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "AXK1ForCausalLM": {"first_k_dense_replace": 0},
     "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1},
-    "HYV3ForCausalLM": {"first_k_dense_replace": 1, "expert_hidden_dim": 64},
+    "HYV3ForCausalLM": {"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
     "GPTJForCausalLM": {"rotary_dim": 32},
     "Gemma3nForCausalLM": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
     "Zamba2ForCausalLM": {"layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1},
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 32, "use_qk_norm": True, "scoring_func": "sigmoid"},
     "Llama4ForCausalLM": {"num_experts_per_tok": 1},
-    "LongcatFlashForCausalLM": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
+    "LongcatFlashForCausalLM": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "zero_expert_type": "identity"},
     "Lfm2ForCausalLM": {
         "conv_dim": 128,
         "conv_dim_out": 128,
@@ -257,21 +268,21 @@ def make_checkpoint(recipe: Recipe, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     config = make_config(recipe)
-    if not recipe.weights:
+    if recipe.weights:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # No norm is left at one and no bias at zero: a step that is skipped must show.
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.save_pretrained(folder)
+        (folder / "transformers.json").write_text(json.dumps(_hidden_of(model, config.num_hidden_layers)))
+    else:
         config.save_pretrained(folder)
-        return
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # No norm is left at one and no bias at zero: a step that is skipped must show.
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())
     saved |= {"architectures": [recipe.architecture], **recipe.saved}
     saved = {name: value for name, value in saved.items() if name not in recipe.saved or value is not None}
     (folder / "config.json").write_text(json.dumps(saved, indent=1))
-    (folder / "transformers.json").write_text(json.dumps(_hidden_of(model, config.num_hidden_layers)))
 
 
 def _hidden_of(model: Any, num_layers: int) -> list[float] | str:

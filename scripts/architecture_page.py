@@ -26,17 +26,19 @@ served by vLLM's CPU build with every site observed.
   `hidden` is the complete residual stream behind each layer.
 - **compiled**: largest relative deviation of absmax, over sites and phases, between vLLM as it serves and native.
 - **transformers**: largest relative deviation of `hidden`, layer by layer, from the same checkpoint in transformers; a
-  dash where transformers has no class for it or its layers return something else.
+  dash where transformers has no class for it or its layers return something else. Where it is above 1e-2 in float32,
+  vLLM and transformers themselves compute different things from that checkpoint: the plain hooks see what maxact sees.
 - Token counts of the three phases were compared with what was sent ({tokens} rows); a wrong one is named in the table.
 
 Weights are float32 unless the table says bfloat16, which vLLM's CPU kernels for gated delta nets insist on: there a
 rounding apart is already 0.4 %. `v` marks random weights made by vLLM itself, where transformers has no class.
 """
 
-_NOT_RUN: Final = """
-## What the CPU build does not run
+_REFUSED: Final = """
+## What did not run
 
-Nothing is known of these here: a GPU may serve them, and maxact may or may not find their sites.
+Nothing is known of these here: the CPU build lacks a kernel, or the tiny configuration is one that vLLM or transformers
+does not take, or maxact finds no sites. A GPU may serve them.
 
 | Family | Architecture | What was said |
 |---|---|---|
@@ -59,7 +61,7 @@ def page(found: Sequence[tuple[Recipe, Results]]) -> str:
     ran = [(recipe, results) for recipe, results in found if "sites" in results.get("native", {})]
     rest = [(recipe, results) for recipe, results in found if (recipe, results) not in ran]
     rows = "".join(_row(recipe, results) for recipe, results in ran)
-    return intro + _HEAD + rows + _NOT_RUN + "".join(_refusal(recipe, results) for recipe, results in rest if results)
+    return intro + _HEAD + rows + _REFUSED + "".join(_refusal(recipe, results) for recipe, results in rest if results)
 
 
 def _row(recipe: Recipe, results: Results) -> str:

@@ -129,7 +129,12 @@ class RawHooks:
 
     def _hook_output(self, site: str, path: str, modules: dict[str, Any]) -> None:
         self.paths[site] = path
-        modules[path].register_forward_hook(lambda _, args, out: self._keep(site, _first(out)))
+
+        def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            # Some mixers return nothing and fill an argument named so.
+            self._keep(site, _first(kwargs.get("output", args[-1] if args else None) if output is None else output))
+
+        modules[path].register_forward_hook(keep, with_kwargs=True)
 
     def _keep(self, site: str, x: Any) -> None:
         if x is not None:
@@ -181,7 +186,8 @@ def _child(parent: str, names: Any, modules: dict[str, Any]) -> str:
 
 
 def _descendant(block: str, names: Any, modules: dict[str, Any]) -> str:
-    inside = [path for path in modules if path.startswith(f"{block}.")]
+    # What a router is made of is no part of the MLP.
+    inside = [path for path in modules if path.startswith(f"{block}.") and not re.search(r"\.(gate|router)\.", path)]
     return next((path for name in names for path in inside if path.rpartition(".")[2] == name), "")
 
 

@@ -93,9 +93,12 @@ def _block_taps(
 ) -> Iterator[Tap]:
     into, out_of, output = names
     linears = [(name, inner) for name, inner in block.named_modules() if isinstance(inner, LinearBase)]
-    # By width too: a Mamba's convolution is a linear layer to vLLM, never called, and its inner projections are narrow.
-    rows = [name for name, inner in linears if _is_row(inner) and inner.output_size == hidden_size]
-    columns = [name for name, inner in linears if not _is_row(inner) and inner.input_size == hidden_size]
+    # By width too: a Mamba's convolution is a linear layer to vLLM, never called, and its inner projections are narrow;
+    # without a plan for tensor parallelism, the Transformers backend makes all of them alike.
+    narrowing = [name for name, inner in linears if inner.output_size == hidden_size != inner.input_size]
+    rows = [name for name, inner in linears if _is_row(inner) and inner.output_size == hidden_size] or narrowing
+    taking = [name for name, inner in linears if not _is_row(inner) and inner.input_size == hidden_size]
+    columns = [name for name in taking if name not in rows]
     if columns:
         yield _input_tap(index, into, path, block, columns[0])
     if rows:
