@@ -16,6 +16,14 @@ def sidecar(tmp_path: Path) -> Iterator[Sidecar]:
     running.stop()
 
 
+@pytest.fixture
+def patient_sidecar(tmp_path: Path) -> Iterator[Sidecar]:
+    """One that shows for long what it has seen, however slow the machine is."""
+    running = Sidecar(tmp_path / "sidecar.log")
+    yield running
+    running.stop()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     from maxact_calibration import model

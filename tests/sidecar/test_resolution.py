@@ -71,7 +71,8 @@ def counts_of(x: Any) -> Any:
     return np.repeat(histogram(x) * (300 * WIDTH / x.size), len(SITES), axis=0)
 
 
-def test_a_spike_over_a_small_bulk_raises_the_flag_of_the_linear_input_only(sidecar: Sidecar) -> None:
+def test_a_spike_over_a_small_bulk_raises_the_flag_of_the_linear_input_only(patient_sidecar: Sidecar) -> None:
+    sidecar = patient_sidecar
     worker = sidecar.connect()
     worker.send(1.5, histogram=counts_of(values("normal")))
     assert not any(flag["active"] for flag in sidecar.get("flags"))
@@ -87,7 +88,8 @@ def test_a_spike_over_a_small_bulk_raises_the_flag_of_the_linear_input_only(side
     worker.close()
 
 
-def test_a_few_tokens_are_not_judged_by_their_median(sidecar: Sidecar) -> None:
+def test_a_few_tokens_are_not_judged_by_their_median(patient_sidecar: Sidecar) -> None:
+    sidecar = patient_sidecar
     worker = sidecar.connect()
     worker.send(SPIKE, histogram=counts_of(values("normal")) / 10)
     assert not any(flag["active"] for flag in sidecar.get("flags"))
