@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from typing import Final
 
-import torch
+from torch import library
 
 from maxact_vllm import fold, kernels_cpu, logger, observe
 
 _OBSERVE: Final = "(Tensor[] tensors, Tensor(a!) rows, Tensor(b!) histograms, Tensor sampling, int[] sites) -> ()"
 _JOIN: Final = "(Tensor[] tensors, Tensor(a!) rows) -> ()"
 _FOLD: Final = "(Tensor(a!) block, Tensor(b!) values, Tensor phases, int num_tokens) -> ()"
-_LIBRARY: Final = torch.library.Library("maxact", "DEF")
+_LIBRARY: Final = library.Library("maxact", "DEF")
 
 
 @functools.cache
@@ -24,7 +24,7 @@ def define(device_type: str) -> None:
     """Make the operations known to torch, for ``cpu`` or ``cuda``; once per process."""
     for name, schema in (("observe", _OBSERVE), ("fork", _OBSERVE), ("join", _JOIN), ("fold", _FOLD)):
         _LIBRARY.define(name + schema)
-        torch.library.register_fake(f"maxact::{name}", lambda *args: None, lib=_LIBRARY)
+        library.register_fake(f"maxact::{name}", lambda *args: None, lib=_LIBRARY)
     (_define_on_cpu if device_type == "cpu" else _define_on_gpu)()
 
 
