@@ -30,8 +30,9 @@ served by vLLM's CPU build with every site observed.
   vLLM and transformers themselves compute different things from that checkpoint: the plain hooks see what maxact sees.
 - Token counts of the three phases were compared with what was sent ({tokens} rows); a wrong one is named in the table.
 
-Weights are float32 unless the table says bfloat16, which vLLM's CPU kernels for gated delta nets insist on: there a
-rounding apart is already 0.4 %. `v` marks random weights made by vLLM itself, where transformers has no class.
+Weights are float32 unless the table says bfloat16, which vLLM's CPU kernels for gated delta nets insist on: there two
+neighbouring numbers are 0.4 to 0.8 % apart, and an expert chosen differently after such a step moves a block's output
+by more. *Not run* means that the compiled engine was not started, not that it failed. `v` marks random weights made by vLLM itself, where transformers has no class.
 """
 
 _REFUSED: Final = """

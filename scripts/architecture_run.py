@@ -95,7 +95,7 @@ class RawHooks:
         modules[path].register_forward_hook(complete)
         self.paths[f"{index}.hidden"] = path
         mixer = _child(path, _MIXERS, modules)
-        if _child(mixer, _MLP_INPUT, modules):  # one block per layer, and it is an MLP
+        if _child(mixer, ("down_proj",), modules):  # one block per layer, and it is an MLP
             mlp, mixer = mixer, ""
         else:
             mlp = _child(path, _MLPS, modules)
