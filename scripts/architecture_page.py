@@ -32,7 +32,8 @@ served by vLLM's CPU build with every site observed.
 
 Weights are float32 unless the table says bfloat16, which vLLM's CPU kernels for gated delta nets insist on: there two
 neighbouring numbers are 0.4 to 0.8 % apart, and an expert chosen differently after such a step moves a block's output
-by more. *Not run* means that the compiled engine was not started, not that it failed. `v` marks random weights made by vLLM itself, where transformers has no class.
+by more. *Not run* means that the compiled engine was not started, not that it failed. `v` marks random weights made by
+vLLM itself, where transformers has no class.
 """
 
 _REFUSED: Final = """
