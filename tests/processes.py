@@ -60,6 +60,10 @@ class Sidecar:
         """Make what was seen so far the calibration card."""
         httpx.post(f"{self.url}/api/v1/cards", json=self.get("card")).raise_for_status()
 
+    def signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        self._process.send_signal(number)
+
     def kill(self) -> None:
         """Let the process die at once, as a crash would."""
         self._process.kill()

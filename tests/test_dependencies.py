@@ -31,6 +31,7 @@ MAY_IMPORT = {
         "starlette",
         "typer",
         "uvicorn",
+        "yaml",
     },
 }
 """What each package may import besides itself and the standard library; calibration may import anything."""

@@ -1,8 +1,9 @@
-"""``maxact sidecar`` and ``maxact card``: fills `config.Settings`, talks to a running sidecar, explains failures."""
+"""``maxact sidecar`` and ``maxact card``: gathers `config.Settings`, talks to a running sidecar, explains failures."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import logging
 import sys
@@ -15,76 +16,79 @@ from pythonjsonlogger.json import JsonFormatter
 
 from maxact_sidecar.card import CardError, read_card
 from maxact_sidecar.client import ClientError, ask
-from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP, ConfigError, make_settings
-from maxact_sidecar.headroom import MEANINGS
+from maxact_sidecar.config import DEFAULT_HTTP, ConfigError, Settings
+from maxact_sidecar.configfile import read_settings
 
-_RANGE, _FP16, _RESOLUTION, _SATURATION = (meaning.raise_below for meaning in MEANINGS.values())
+_CARD = "card"
 
 
 def sidecar(
-    grpc: Annotated[str, typer.Option(metavar="ADDR", help="Where vLLM workers connect.")] = DEFAULT_GRPC,
-    http: Annotated[str, typer.Option(metavar="ADDR", help="Where metrics, API and page are served.")] = DEFAULT_HTTP,
-    card: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[MODEL=]FILE", help="Calibration card to judge range against. May be repeated."),
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="MAXACT_SIDECAR_CONFIG", help="YAML file; keys are the options below."),
     ] = None,
-    state: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Keep high-water marks, flags and loaded cards here.")
-    ] = None,
-    hold: Annotated[float, typer.Option(metavar="S", help="Horizon of the gauges, seconds.")] = 30.0,
-    stale: Annotated[
-        float, typer.Option(metavar="S", help="A gone engine's series disappear after so many seconds.")
-    ] = 60.0,
-    flag_hold: Annotated[float, typer.Option(metavar="S", help="A flag stays up at least so many seconds.")] = 60.0,
-    range_threshold: Annotated[
-        float, typer.Option(metavar="R", help="Raise a range flag below this headroom ratio.")
-    ] = _RANGE,
-    fp16_threshold: Annotated[
-        float, typer.Option(metavar="R", help="Raise an fp16 flag below this headroom ratio.")
-    ] = _FP16,
-    resolution_threshold: Annotated[
-        float, typer.Option(metavar="R", help="Raise a resolution flag below this headroom ratio.")
-    ] = _RESOLUTION,
-    saturation_threshold: Annotated[
-        float, typer.Option(metavar="R", help="Raise a saturation flag below this headroom ratio.")
-    ] = _SATURATION,
-    max_series: Annotated[
-        int, typer.Option(metavar="N", help="Series per scrape; more are dropped and counted.")
-    ] = 200_000,
-    max_streams: Annotated[int, typer.Option(metavar="N", help="Workers served at once; more are refused.")] = 1024,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow addresses other machines can reach, unencrypted.")
+    check_config: Annotated[
+        bool, typer.Option("--check-config", help="Say whether all settings and files are right, and end.")
     ] = False,
+    **options: Any,
 ) -> None:
     """Receive statistics from vLLM workers; judge headroom; serve metrics and the page.
 
     Addresses are host:port or unix:/path. The page is at the HTTP address, Prometheus scrapes /metrics there.
+    An option goes before its variable, a variable before the file. SIGHUP reads file and cards again.
 
     Example: maxact sidecar --card smollm2.json, then: vllm serve MODEL --plugin maxact
     """
     _set_up_logging()
-    from maxact_sidecar.run import serve
+    from maxact_sidecar import run
+
+    given = {_field(name): value for name, value in options.items() if value}
+
+    def read() -> Settings:
+        return read_settings(config, given)
 
     try:
-        settings = make_settings(
-            grpc=grpc,
-            http=http,
-            cards=tuple(card or ()),
-            state=state,
-            hold=hold,
-            stale=stale,
-            flag_hold=flag_hold,
-            range_threshold=range_threshold,
-            fp16_threshold=fp16_threshold,
-            resolution_threshold=resolution_threshold,
-            saturation_threshold=saturation_threshold,
-            max_series=max_series,
-            max_streams=max_streams,
-            insecure=insecure,
-        )
-        asyncio.run(serve(settings))
+        if check_config:
+            run.check(read())
+            typer.echo("the configuration is right")
+        else:
+            asyncio.run(run.serve(read))
     except (ConfigError, CardError) as error:
         fail(str(error))
+
+
+def _field(option: str) -> str:
+    """The setting behind an option: the one that may be repeated has a singular name."""
+    return "cards" if option == _CARD else option
+
+
+def _options() -> list[inspect.Parameter]:
+    """An option of the command line for every setting."""
+    parameters = []
+    for field, info in Settings.model_fields.items():
+        name = _CARD if field == "cards" else field
+        extra: Any = info.json_schema_extra
+        is_switch = info.annotation is bool
+        kind: Any = bool if is_switch else list[str] | None if name == _CARD else str | None
+        shown = None if is_switch or not info.default else str(info.default)
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            metavar=extra["metavar"] or None,
+            help=info.description,
+            envvar=f"MAXACT_SIDECAR_{field.upper()}",
+            show_envvar=False,
+            show_default=shown or False,
+        )
+        default = False if is_switch else None
+        annotation = Annotated[kind, option]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, keyword, default=default, annotation=annotation))
+    return parameters
+
+
+_signature = inspect.signature(sidecar, eval_str=True)
+_own = [each for each in _signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+sidecar.__signature__ = _signature.replace(parameters=[*_own, *_options()])  # type: ignore[attr-defined]
 
 
 def card(
@@ -143,11 +147,20 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+class _Json(JsonFormatter):
+    """One object per line, with a field for everything that is named in the message."""
+
+    def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
+        super().add_fields(log_data, record, message_dict)
+        if isinstance(record.args, dict):
+            log_data.update(record.args)
+
+
 def _set_up_logging() -> None:
     """Readable lines on a terminal, JSON where a machine reads them."""
     handler = logging.StreamHandler(sys.stderr)
     if sys.stderr.isatty():
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     else:
-        handler.setFormatter(JsonFormatter("{asctime}{levelname}{name}{message}", style="{"))
+        handler.setFormatter(_Json("{asctime}{levelname}{name}{message}", style="{"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

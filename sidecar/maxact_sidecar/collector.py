@@ -52,6 +52,10 @@ class Collector:
         self._labels: dict[tuple[str, str], _Labels] = {}
         self._templates: dict[tuple[str, int], _Template] = {}
 
+    def use_settings(self, settings: Settings) -> None:
+        """Show these thresholds and keep this series cap from the next scrape on."""
+        self._settings = settings
+
     def render(self, snapshots: Sequence[Snapshot], cards: Sequence[LoadedCard], *, as_openmetrics: bool) -> bytes:
         """One scrape, in the Prometheus text format or in OpenMetrics."""
         started = time.perf_counter()

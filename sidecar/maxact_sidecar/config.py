@@ -1,11 +1,12 @@
 """Settings of the sidecar: one frozen model, and errors that name the field.
 
-Everything that can be set is here; the command line only fills it. Times are seconds.
+Everything that can be set is here; file, variables and command line only fill it. Times are seconds.
 """
 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -84,39 +85,46 @@ def parse_card_source(text: object) -> CardSource:
     return CardSource(Path(path), model)
 
 
+def _option(default: Any, metavar: str, description: str, **limits: Any) -> Any:
+    return Field(
+        default=default,
+        description=description,
+        validate_default=True,
+        json_schema_extra={"metavar": metavar},
+        **limits,
+    )
+
+
+def _threshold(meaning: str) -> Any:
+    default = MEANINGS[meaning].raise_below
+    return _option(default, "R", f"Raise a {meaning} flag below this headroom ratio.", gt=0)
+
+
 class Settings(BaseModel):
-    """What ``maxact sidecar`` runs with."""
+    """What ``maxact sidecar`` runs with; every field is an option, a variable and a key of the configuration file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    grpc: Annotated[Address, BeforeValidator(parse_address)] = Field(default=DEFAULT_GRPC, validate_default=True)
-    """Where vLLM workers connect."""
-    http: Annotated[Address, BeforeValidator(parse_address)] = Field(default=DEFAULT_HTTP, validate_default=True)
-    """Where metrics, API and page are served."""
-    cards: tuple[Annotated[CardSource, BeforeValidator(parse_card_source)], ...] = ()
-    """Calibration cards to judge ``range`` against."""
-    state: Path | None = None
-    """Folder of what outlives this process; without one nothing does."""
-    hold: float = Field(default=30.0, gt=0)
-    """Horizon of the gauges: an extremum is shown for at least half of it and at most all of it."""
-    stale: float = Field(default=60.0, ge=0)
-    """After the last rank of an engine disconnected, its series disappear this much later."""
-    flag_hold: float = Field(default=60.0, ge=0)
-    """A raised flag stays up at least this long."""
-    range_threshold: float = Field(default=MEANINGS["range"].raise_below, gt=0)
-    """Headroom ratio under which a ``range`` flag is raised."""
-    fp16_threshold: float = Field(default=MEANINGS["fp16"].raise_below, gt=0)
-    """Headroom ratio under which an ``fp16`` flag is raised."""
-    resolution_threshold: float = Field(default=MEANINGS["resolution"].raise_below, gt=0)
-    """Headroom ratio under which a ``resolution`` flag is raised."""
-    saturation_threshold: float = Field(default=MEANINGS["saturation"].raise_below, gt=0)
-    """Headroom ratio under which a ``saturation`` flag is raised."""
-    insecure: bool = False
-    """Allow addresses that other machines can reach, without encryption or authentication."""
-    max_streams: int = Field(default=1024, ge=1)
-    """Worker streams served at once; more are refused."""
-    max_series: int = Field(default=200_000, ge=1)
-    """Series per scrape; more are dropped and counted."""
+    grpc: Annotated[Address, BeforeValidator(parse_address)] = _option(
+        DEFAULT_GRPC, "ADDR", "Where vLLM workers connect."
+    )
+    http: Annotated[Address, BeforeValidator(parse_address)] = _option(
+        DEFAULT_HTTP, "ADDR", "Where metrics, API and page are served."
+    )
+    cards: tuple[Annotated[CardSource, BeforeValidator(parse_card_source)], ...] = _option(
+        (), "[MODEL=]FILE", "Calibration card to judge range against. May be repeated."
+    )
+    state: Path | None = _option(None, "DIR", "Keep high-water marks, flags and loaded cards here.")
+    hold: float = _option(30.0, "S", "Horizon of the gauges, seconds.", gt=0)
+    stale: float = _option(60.0, "S", "A gone engine's series disappear after so many seconds.", ge=0)
+    flag_hold: float = _option(60.0, "S", "A flag stays up at least so many seconds.", ge=0)
+    range_threshold: float = _threshold("range")
+    fp16_threshold: float = _threshold("fp16")
+    resolution_threshold: float = _threshold("resolution")
+    saturation_threshold: float = _threshold("saturation")
+    max_series: int = _option(200_000, "N", "Series per scrape; more are dropped and counted.", ge=1)
+    max_streams: int = _option(1024, "N", "Workers served at once; more are refused.", ge=1)
+    insecure: bool = _option(False, "", "Allow addresses other machines can reach, unencrypted.")
 
     @model_validator(mode="after")
     def _refuse_open_addresses(self) -> Settings:
@@ -143,13 +151,23 @@ def make_settings(**values: Any) -> Settings:
         raise ConfigError("\n".join(describe(error))) from None
 
 
-def describe(error: ValidationError) -> list[str]:
-    """One line per problem of a pydantic error, ``field[3].name: what is wrong``; the first ten."""
+Place = tuple[int | str, ...]
+"""Where a value stands in a document: keys and list indices."""
+
+
+def describe(error: ValidationError, where: Callable[[Place], str] = lambda place: "") -> list[str]:
+    """One line per problem of a pydantic error, ``field[3].name: what is wrong``; the first ten.
+
+    ``where`` gives what comes before the field, such as file and line.
+    """
     problems = error.errors()
-    lines = [_line(problem["loc"], problem["msg"].removeprefix("Value error, ")) for problem in problems[:_MAX_LINES]]
+    lines = [
+        where(problem["loc"]) + _line(problem["loc"], problem["msg"].removeprefix("Value error, "))
+        for problem in problems[:_MAX_LINES]
+    ]
     return lines if len(problems) <= _MAX_LINES else [*lines, f"and {len(problems) - _MAX_LINES} more problems"]
 
 
-def _line(place: tuple[int | str, ...], message: str) -> str:
+def _line(place: Place, message: str) -> str:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
     return f"{path}: {message}" if path else message

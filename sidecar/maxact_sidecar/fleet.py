@@ -33,6 +33,12 @@ class Fleet:
         self._engines: dict[EngineKey, Engine] = {}
         self._cards = list(cards)
 
+    def use_settings(self, settings: Settings, now: Instant) -> None:
+        """Take over what may change while running: thresholds and times of flags, and when an engine is stale."""
+        self._settings = settings
+        for engine in self._engines.values():
+            engine.set_thresholds(settings, now)
+
     def attach(self, layout: wire.Layout) -> tuple[Engine, RankState]:
         """The engine and rank of a worker that connected. Raises `WireError` where its sites changed.
 
@@ -130,8 +136,8 @@ class Fleet:
     def _announce_card(self, loaded: LoadedCard) -> None:
         model, card = loaded.served_model, loaded.card
         _log.info(
-            "card loaded name=%s model=%s sites=%d tokens=%d",
-            *(loaded.name, model, len(card.limits()), card.num_tokens),
+            "card loaded name=%(card)s model=%(model)s sites=%(sites)d tokens=%(tokens)d",
+            {"card": loaded.name, "model": model, "sites": len(card.limits()), "tokens": card.num_tokens},
         )
         served = {engine.model for engine in self._engines.values()}
         others = sorted(served - {each.served_model for each in self._cards})

@@ -133,12 +133,16 @@ class Flags:
     """The flags of one engine. Not thread-safe: the engine's lock guards it."""
 
     def __init__(self, thresholds: Mapping[str, Threshold], hold_seconds: float) -> None:
-        self._raise_below = np.array([[thresholds[name].raise_below] for name in MEANINGS])
-        self._clear_at = np.array([[thresholds[name].clear_at] for name in MEANINGS])
-        self._hold_seconds = hold_seconds
+        self.set_thresholds(thresholds, hold_seconds)
         self.limit = np.zeros((len(MEANINGS), 0))
         self.table: FlagTable = np.zeros((len(MEANINGS), 0), FLAG)
         self._ceiling = self.limit
+
+    def set_thresholds(self, thresholds: Mapping[str, Threshold], hold_seconds: float) -> None:
+        """Judge by these from the next `set_limits` on."""
+        self._raise_below = np.array([[thresholds[name].raise_below] for name in MEANINGS])
+        self._clear_at = np.array([[thresholds[name].clear_at] for name in MEANINGS])
+        self._hold_seconds = hold_seconds
 
     def add_sites(self, flags: FlagTable) -> None:
         """Append sites with the flags they had, ``[M, S']``; positions of the others stay."""

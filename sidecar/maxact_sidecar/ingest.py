@@ -53,7 +53,8 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
             await self._serve(context)
         except wire.WireError as error:
             self._metrics.windows_rejected.labels(error.field.partition("[")[0]).inc()
-            _log.warning("stream rejected peer=%s reason=%s", context.peer(), error)
+            who = {"peer": context.peer(), "reason": str(error)}
+            _log.warning("stream rejected peer=%(peer)s reason=%(reason)s", who)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
             self._num_streams -= 1
@@ -66,15 +67,16 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
             raise wire.WireError("layout", "is missing: it must be the first message of a stream")
         layout = wire.decode_layout(request.layout)
         engine, rank = self._fleet.attach(layout)
+        who = {"model": layout.model, "engine": engine.label, "rank": layout.rank}
         _log.info(
-            "worker connected model=%s engine=%s rank=%s sites=%d vllm=%s",
-            *(layout.model, engine.label, layout.rank, len(layout.sites), layout.vllm_version),
+            "worker connected model=%(model)s engine=%(engine)s rank=%(rank)s sites=%(sites)d vllm=%(vllm)s",
+            {**who, "sites": len(layout.sites), "vllm": layout.vllm_version},
         )
         try:
             await self._receive(context, engine, rank)
         finally:
             engine.detach(rank, clock())
-            _log.info("worker gone model=%s engine=%s rank=%s", layout.model, engine.label, layout.rank)
+            _log.info("worker gone model=%(model)s engine=%(engine)s rank=%(rank)s", who)
 
     async def _receive(self, context: Any, engine: Engine, rank: RankState) -> None:
         generation = rank.generation

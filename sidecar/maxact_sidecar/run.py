@@ -9,18 +9,19 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import uvicorn
 
-from maxact_sidecar.card import read_cards
+from maxact_sidecar.card import CardError, read_cards
 from maxact_sidecar.collector import Collector
 from maxact_sidecar.config import Address, ConfigError, Settings
 from maxact_sidecar.families import SelfMetrics
 from maxact_sidecar.fleet import Fleet
+from maxact_sidecar.headroom import MEANINGS
 from maxact_sidecar.http import make_app
 from maxact_sidecar.ingest import Telemetry, clock, start_server
 from maxact_sidecar.store import Store
@@ -29,33 +30,49 @@ _SETTLE_SECONDS = 1.0
 _GRACE_SECONDS = 0.5
 """For the window being merged: streams of workers never end by themselves, and what is not acknowledged comes again."""
 
+_RELOADED: Final = {"cards", "stale", "flag_hold", "max_series", *(f"{meaning}_threshold" for meaning in MEANINGS)}
+_FIXED: Final = [name for name in Settings.model_fields if name not in _RELOADED]
+"""Settings that a running sidecar keeps."""
+
 _log = logging.getLogger(__name__)
 
 
-async def serve(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `ConfigError` and `CardError` before anything listens."""
+def check(settings: Settings) -> None:
+    """Read all files that settings name. Raises `ConfigError` and `CardError`."""
+    read_cards(settings.cards)
+
+
+async def serve(read: Callable[[], Settings]) -> None:
+    """Serve until SIGINT or SIGTERM; ``read`` gives the settings, again at every SIGHUP.
+
+    Raises `ConfigError` and `CardError` before anything listens.
+    """
+    settings = read()
     metrics = SelfMetrics()
     with contextlib.ExitStack() as stack:
         store = Store(settings.state, metrics) if settings.state else None
         if store:
             stack.callback(store.close)
-        await _serve(settings, metrics, store)
+        await _serve(settings, read, metrics, store)
 
 
-async def _serve(settings: Settings, metrics: SelfMetrics, store: Store | None) -> None:
+async def _serve(settings: Settings, read: Callable[[], Settings], metrics: SelfMetrics, store: Store | None) -> None:
     memories, cards = (store.load_engines(clock()), store.load_cards()) if store else ({}, [])
-    fleet = Fleet(settings, memories, cards)
+    fleet, collector = Fleet(settings, memories, cards), Collector(settings, metrics)
     fleet.configure_cards(read_cards(settings.cards), clock())
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: _reload(settings, read, fleet, collector))
     with _listening(settings.http) as (listener, http), _private_socket(settings.grpc):
         grpc_server, grpc = await start_server(Telemetry(fleet, settings, metrics), settings.grpc)
-        http_server = _HttpServer(make_app(fleet, Collector(settings, metrics)))
+        http_server = _HttpServer(make_app(fleet, collector))
         http_task = asyncio.create_task(http_server.serve(sockets=[listener]))
         settle_task = asyncio.create_task(_settle(fleet, store, stop))
-        _log.info("sidecar ready grpc=%s page=%s metrics=%s", grpc, *_urls(http))
+        page = str(http) if http.path else f"http://{http}"
+        where = {"grpc": str(grpc), "page": f"{page}/", "metrics": f"{page}/metrics"}
+        _log.info("sidecar ready grpc=%(grpc)s page=%(page)s metrics=%(metrics)s", where)
         await stop.wait()
         _log.info("sidecar stopping")
         http_server.should_exit = True
@@ -63,6 +80,24 @@ async def _serve(settings: Settings, metrics: SelfMetrics, store: Store | None) 
         await http_task
         await settle_task
         await _remember(fleet, store)
+
+
+def _reload(started: Settings, read: Callable[[], Settings], fleet: Fleet, collector: Collector) -> None:
+    """Take over changed thresholds and cards. Where anything is wrong, all stays as it is."""
+    try:
+        settings = read()
+        cards = read_cards(settings.cards)
+    except (ConfigError, CardError) as error:
+        for line in str(error).splitlines():
+            _log.error("not reloaded reason=%(reason)s", {"reason": line})
+        return
+    fixed = [name for name in _FIXED if getattr(settings, name) != getattr(started, name)]
+    if fixed:
+        _log.warning("needs a restart to change settings=%(settings)s", {"settings": ",".join(fixed)})
+    fleet.use_settings(settings, clock())
+    fleet.configure_cards(cards, clock())
+    collector.use_settings(settings)
+    _log.info("reloaded")
 
 
 async def _settle(fleet: Fleet, store: Store | None, stop: asyncio.Event) -> None:
@@ -154,8 +189,3 @@ def _remove_dead_socket(path: Path, address: Address) -> None:
             path.unlink()
             return
     raise ConfigError(f"{address}: something listens there already")
-
-
-def _urls(address: Address) -> tuple[str, str]:
-    base = str(address) if address.path else f"http://{address}"
-    return f"{base}/", f"{base}/metrics"

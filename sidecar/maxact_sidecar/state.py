@@ -155,9 +155,19 @@ class Engine:
         """Judge ``range`` against these from now on, what is in the hold horizon included."""
         with self._lock:
             self._range_limits = limits
-            self._set_limits()
-            raised = self._flags.observe(self._hold_extrema(now), slice(None), now)
+            raised = self._judge_again(now)
         self._announce("raised", raised)
+
+    def set_thresholds(self, settings: Settings, now: Instant) -> None:
+        """Judge by other thresholds from now on, what is in the hold horizon included."""
+        with self._lock:
+            self._flags.set_thresholds(settings.thresholds, settings.flag_hold)
+            raised = self._judge_again(now)
+        self._announce("raised", raised)
+
+    def _judge_again(self, now: Instant) -> list[Evidence]:
+        self._set_limits()
+        return self._flags.observe(self._hold_extrema(now), slice(None), now)
 
     def memory(self) -> Memory:
         """What is to outlive the engine's workers and this process."""
@@ -266,10 +276,21 @@ class Engine:
         for flag in flags:
             layer, name = self._keys[flag.site]
             _log.warning(
-                "flag %s meaning=%s model=%s engine=%s layer=%s site=%s phase=%s absmax=%.3g limit=%.3g "
-                "headroom_ratio=%.3g threshold=%g",
-                *(event, flag.meaning, self.model, self.label, "-" if layer is None else layer, name),
-                *(flag.phase, flag.absmax, flag.limit, flag.headroom_ratio, flag.threshold),
+                f"flag {event} meaning=%(meaning)s model=%(model)s engine=%(engine)s layer=%(layer)s site=%(site)s "
+                "phase=%(phase)s absmax=%(absmax).3g limit=%(limit).3g headroom_ratio=%(headroom_ratio).3g "
+                "threshold=%(threshold)g",
+                {
+                    "meaning": flag.meaning,
+                    "model": self.model,
+                    "engine": self.label,
+                    "layer": "-" if layer is None else layer,
+                    "site": name,
+                    "phase": flag.phase,
+                    "absmax": flag.absmax,
+                    "limit": flag.limit,
+                    "headroom_ratio": flag.headroom_ratio,
+                    "threshold": flag.threshold,
+                },
             )
 
 

@@ -190,7 +190,7 @@ def test_a_taken_address_is_told_before_the_server_starts(served: Serve, tmp_pat
         (["--port", "8000", "model"], "error: MODEL comes first, before --port: maxact serve MODEL [options]"),
         (["model", "--plugin", "maxact"], "error: --plugin: maxact serve sets this itself"),
         (["model", "--maxact-endpoint=h:1"], "error: --maxact-endpoint=h:1: maxact serve sets this itself"),
-        (["model", "--hold", "soon"], "Invalid value for '--hold'"),
+        (["model", "--hold", "soon"], "hold: Input should be a valid number"),
         (["model", "--hold", "-3"], "error: hold: Input should be greater than 0"),
         (["model", "--card", "none.json"], "error: none.json: No such file or directory"),
     ],
