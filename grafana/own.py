@@ -87,12 +87,14 @@ def _age() -> Any:
 def _rejected() -> Any:
     text = Text(
         id=13,
-        title="Messages rejected per second",
+        title="Messages rejected, state not written, per second",
         description="Messages that broke a limit of the wire, by reason. Without data: none were.",
         unit="cps",
     )
     rate = f"sum by (reason) (rate({select('maxact_windows_rejected_total', 'target')}[{_RATE}]))"
-    return lines(text, [Query(expr=rate, legend="{{reason}}")])
+    unwritten = f"sum by (instance) (rate({select('maxact_state_errors_total', 'target')}[{_RATE}]))"
+    queries = [Query(expr=rate, legend="{{reason}}"), Query(expr=unwritten, legend="state not written at {{instance}}")]
+    return lines(text, queries)
 
 
 def _latency(id: int, metric: str, title: str, description: str) -> Any:

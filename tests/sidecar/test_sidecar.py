@@ -30,12 +30,12 @@ from maxact_sidecar.families import FAMILIES, PHASED
 GOLDEN = Path(__file__).with_name("metrics.txt")
 
 
-def test_a_scrape_is_byte_for_byte_what_it_was(sidecar: Sidecar) -> None:
-    worker = sidecar.connect(layout(model='odd "model"\\path'))
+def test_a_scrape_is_byte_for_byte_what_it_was(patient_sidecar: Sidecar) -> None:
+    worker = patient_sidecar.connect(layout(model='odd "model"\\path'))
     worker.send([1.5, 2e4, 3.25])
     bulk = [
         line
-        for line in sidecar.scrape().splitlines()
+        for line in patient_sidecar.scrape().splitlines()
         if "timestamp" not in line and not line.startswith(("maxact_ingest", "maxact_render", "maxact_series"))
     ]
     text = "\n".join(bulk[: next(index for index, line in enumerate(bulk) if "maxact_build_info" in line)]) + "\n"
@@ -48,9 +48,9 @@ def test_a_scrape_is_byte_for_byte_what_it_was(sidecar: Sidecar) -> None:
     ("accept", "parse"),
     [("text/plain", parse_text), ("application/openmetrics-text; version=1.0.0", parse_openmetrics)],
 )
-def test_prometheus_own_parsers_read_every_series(sidecar: Sidecar, accept: str, parse: Any) -> None:
-    sidecar.connect().send([1.5, 2e4, 3.25])
-    families = {family.name: family for family in parse(sidecar.scrape(accept))}
+def test_prometheus_own_parsers_read_every_series(patient_sidecar: Sidecar, accept: str, parse: Any) -> None:
+    patient_sidecar.connect().send([1.5, 2e4, 3.25])
+    families = {family.name: family for family in parse(patient_sidecar.scrape(accept))}
     absmax = {
         (sample.labels.get("layer", ""), sample.labels["site"]): sample.value
         for sample in families["maxact_absmax"].samples
@@ -61,18 +61,20 @@ def test_prometheus_own_parsers_read_every_series(sidecar: Sidecar, accept: str,
 
 
 @pytest.mark.server
-def test_promtool_finds_nothing_to_say_about_the_metrics(sidecar: Sidecar) -> None:
-    sidecar.connect().send([1.5, 2e4, 3.25])
-    linted = subprocess.run(["promtool", "check", "metrics"], input=sidecar.scrape(), capture_output=True, text=True)
+def test_promtool_finds_nothing_to_say_about_the_metrics(patient_sidecar: Sidecar) -> None:
+    patient_sidecar.connect().send([1.5, 2e4, 3.25])
+    linted = subprocess.run(
+        ["promtool", "check", "metrics"], input=patient_sidecar.scrape(), capture_output=True, text=True
+    )
     assert (linted.returncode, linted.stderr) == (0, "")
 
 
-def test_every_family_of_the_catalogue_appears_with_its_labels(sidecar: Sidecar) -> None:
-    worker = sidecar.connect()
+def test_every_family_of_the_catalogue_appears_with_its_labels(patient_sidecar: Sidecar) -> None:
+    worker = patient_sidecar.connect()
     worker.send([1.5, 6e4, 3.25], histogram=np.ones((len(SITES), stats.NUM_BINS), np.float32))
-    card = sidecar.get("card")
-    httpx.post(f"{sidecar.url}/api/v1/cards", json=card).raise_for_status()
-    text = sidecar.scrape()
+    card = patient_sidecar.get("card")
+    httpx.post(f"{patient_sidecar.url}/api/v1/cards", json=card).raise_for_status()
+    text = patient_sidecar.scrape()
     for family in FAMILIES:
         lines = [line for line in text.splitlines() if line.startswith((f"{family.name}{{", f"{family.name} "))]
         assert lines, family.name
