@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -33,9 +34,10 @@ OPENMETRICS: Final = openmetrics.CONTENT_TYPE_LATEST
 class _Template:
     """The lines of one engine's series of one family, a placeholder for each value."""
 
-    sets: Sequence[str]
+    keys: object
+    """Of the site table that it was made for."""
     mask: bytes
-    """Which of ``sets`` have a series."""
+    """Which of its label sets have a series."""
     text: str
 
 
@@ -49,7 +51,6 @@ class Collector:
     def __init__(self, settings: Settings, metrics: SelfMetrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._labels: dict[tuple[str, str], _Labels] = {}
         self._templates: dict[tuple[str, int], _Template] = {}
 
     def use_settings(self, settings: Settings) -> None:
@@ -59,70 +60,58 @@ class Collector:
     def render(self, snapshots: Sequence[Snapshot], cards: Sequence[LoadedCard], *, as_openmetrics: bool) -> bytes:
         """One scrape, in the Prometheus text format or in OpenMetrics."""
         started = time.perf_counter()
-        lines: list[str] = []
+        parts: list[bytes] = []
         room = self._settings.max_series
         dropped = 0
-        labels = self._labels_of(snapshots)
         templates: dict[tuple[str, int], _Template] = {}
         for family in FAMILIES:
             head = _head(family, as_openmetrics)
-            for part, (sets, values) in enumerate(self._series(family, snapshots, labels, cards)):
+            for part, (keys, sets, values) in enumerate(self._series(family, snapshots, cards)):
                 known, left_out = _known(values, room)
                 room -= (shown := int(known.sum()))
                 dropped += left_out
                 if shown:
                     key = (family.name, part)
-                    templates[key] = template = _template(family, sets, known, self._templates.get(key))
-                    lines += head
-                    lines.append(template.text % tuple(values[known].tolist()))
-                    head = []
+                    templates[key] = template = _template(family, keys, sets, known, self._templates.get(key))
+                    parts.append(head + (template.text % tuple(values[known].tolist())).encode())
+                    head = b""
         self._templates = templates
         self._metrics.series.set(self._settings.max_series - room)
         self._metrics.series_dropped.inc(dropped)
         # What this scrape cost is shown by the next one.
         own: bytes = (openmetrics if as_openmetrics else text_format).generate_latest(self._metrics.registry)
-        body = ("\n".join(lines) + "\n").encode() + own
+        body = b"\n".join((*parts, own))
         self._metrics.render_seconds.observe(time.perf_counter() - started)
         return body
 
-    def _labels_of(self, snapshots: Sequence[Snapshot]) -> list[_Labels]:
-        known = self._labels
-        labels = [
-            old if (old := known.get((new.model, new.engine))) and old.keys is new.keys else _Labels(new)
-            for new in snapshots
-        ]
-        self._labels = {(new.model, new.engine): own for new, own in zip(snapshots, labels, strict=True)}
-        return labels
-
     def _series(
-        self, family: Family, snapshots: Sequence[Snapshot], labels: list[_Labels], cards: Sequence[LoadedCard]
-    ) -> Iterable[tuple[Sequence[str], Floats]]:
-        """Label sets and values; NaN where there is no series."""
+        self, family: Family, snapshots: Sequence[Snapshot], cards: Sequence[LoadedCard]
+    ) -> Iterable[tuple[object, Callable[[], Sequence[str]], Floats]]:
+        """Per template: what it depends on, its label sets, and the values; NaN where there is no series."""
         if family.labels in (SITE, PHASED, JUDGED):
-            for snapshot, own in zip(snapshots, labels, strict=True):
-                sets = {SITE: own.sites, PHASED: own.phased, JUDGED: own.judged}[family.labels]
-                yield sets, _SITE_VALUES[family.name](snapshot).ravel()
+            for snapshot in snapshots:
+                values = _SITE_VALUES[family.name](snapshot).ravel()
+                yield snapshot.keys, partial(_site_sets, snapshot, family.labels), values
         elif family.labels in (RANK, ENGINE, (*ENGINE, "phase")):
             for snapshot in snapshots:
-                yield _engine_series(family.name, snapshot)
+                yield None, *_engine_series(family.name, snapshot)
         elif family.labels == ("meaning",):
             thresholds = self._settings.thresholds
             names = [f'meaning="{meaning}"' for meaning in thresholds]
-            yield names, np.array([threshold.raise_below for threshold in thresholds.values()])
+            yield None, lambda: names, np.array([threshold.raise_below for threshold in thresholds.values()])
         elif family.name == "maxact_card_info":
-            yield [_card_labels(card) for card in cards], np.ones(len(cards))
+            yield None, lambda: [_card_labels(card) for card in cards], np.ones(len(cards))
         else:
-            yield [""], np.array([float(len(snapshots))])
+            yield None, lambda: [""], np.array([float(len(snapshots))])
 
 
-class _Labels:
-    """The label sets of one engine's sites, in the order of ``[sites]``, ``[phases, sites]``, ``[meanings, sites]``."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self.keys = snapshot.keys
-        self.sites = sites = [_site_labels(snapshot, key) for key in snapshot.keys]
-        self.phased = [f'{site},phase="{phase}"' for phase in stats.PHASES for site in sites]
-        self.judged = [f'{site},meaning="{meaning}"' for meaning in MEANINGS for site in sites]
+def _site_sets(snapshot: Snapshot, labels: tuple[str, ...]) -> list[str]:
+    """Label sets in the order of ``[sites]``, ``[phases, sites]`` or ``[meanings, sites]``. Made anew when needed."""
+    sites = [_site_labels(snapshot, key) for key in snapshot.keys]
+    if labels == SITE:
+        return sites
+    names, values = ("phase", stats.PHASES) if labels == PHASED else ("meaning", tuple(MEANINGS))
+    return [f'{site},{names}="{value}"' for value in values for site in sites]
 
 
 def _site_labels(snapshot: Snapshot, key: SiteKey) -> str:
@@ -171,7 +160,12 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
 """``[sites]``, ``[phases, sites]`` or ``[meanings, sites]``; what is not finite has no series."""
 
 
-def _engine_series(name: str, snapshot: Snapshot) -> tuple[list[str], Floats]:
+def _engine_series(name: str, snapshot: Snapshot) -> tuple[Callable[[], list[str]], Floats]:
+    sets, values = _engine_values(name, snapshot)
+    return lambda: sets, values
+
+
+def _engine_values(name: str, snapshot: Snapshot) -> tuple[list[str], Floats]:
     engine = _engine_labels(snapshot)
     ranks = [f'{engine},rank="{rank.rank}"' for rank in snapshot.ranks]
     match name:
@@ -196,15 +190,22 @@ def _known(values: Floats, room: int) -> tuple[npt.NDArray[np.bool_], int]:
     return known, len(left_out)
 
 
-def _template(family: Family, sets: Sequence[str], known: npt.NDArray[np.bool_], former: _Template | None) -> _Template:
+def _template(
+    family: Family,
+    keys: object,
+    sets: Callable[[], Sequence[str]],
+    known: npt.NDArray[np.bool_],
+    former: _Template | None,
+) -> _Template:
     mask = known.tobytes()
-    if former is not None and former.sets is sets and former.mask == mask:
+    if keys is not None and former is not None and former.keys is keys and former.mask == mask:
         return former
-    names = [f"{{{sets[index]}}}" if family.labels else "" for index in np.flatnonzero(known)]
-    return _Template(sets, mask, "\n".join(f"{family.name}{labels} {family.format}" for labels in names))
+    shown = sets()
+    names = [f"{{{shown[index]}}}" if family.labels else "" for index in np.flatnonzero(known)]
+    return _Template(keys, mask, "\n".join(f"{family.name}{labels} {family.format}" for labels in names))
 
 
-def _head(family: Family, as_openmetrics: bool) -> list[str]:
+def _head(family: Family, as_openmetrics: bool) -> bytes:
     name = family.name.removesuffix("_total") if as_openmetrics and family.type == "counter" else family.name
     unit = f" ({family.unit})" if family.unit else ""
-    return [f"# HELP {name} {family.help}{unit}", f"# TYPE {name} {family.type}"]
+    return f"# HELP {name} {family.help}{unit}\n# TYPE {name} {family.type}\n".encode()
