@@ -19,7 +19,7 @@ class Sidecar:
 
     def __init__(self, log: Path, *options: str) -> None:
         self.grpc, self.http = (f"127.0.0.1:{free_port()}" for _ in range(2))
-        self.url = f"http://{self.http}"
+        self.url = f"{'https' if '--tls-cert' in options else 'http'}://{self.http}"
         self.log = log
         self._workers: list[Worker] = []
         self._command = [program("maxact"), "sidecar", "--grpc", self.grpc, "--http", self.http, *options]
@@ -39,7 +39,7 @@ class Sidecar:
     def _is_ready(self) -> bool:
         assert self._process.poll() is None, self.log.read_text()
         try:
-            return httpx.get(f"{self.url}/-/ready").is_success
+            return httpx.get(f"{self.url}/-/ready", verify=False).is_success
         except httpx.TransportError:
             return False
 

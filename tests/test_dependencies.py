@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "maxact_proto": {"google", "grpc", "numpy"},
     "maxact_vllm": {"grpc", "maxact_proto", "numpy", "torch", "triton", "vllm"},
     "maxact_sidecar": {
+        "bcrypt",
         "fastapi",
         "grpc",
         "maxact_proto",

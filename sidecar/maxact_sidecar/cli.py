@@ -7,6 +7,8 @@ import inspect
 import json
 import logging
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 from urllib.parse import urlencode
@@ -98,6 +100,8 @@ def card(
     add: Annotated[bool, typer.Option("--add", help="With --load: keep the other cards of the model.")] = False,
     model: Annotated[str | None, typer.Option(metavar="M", help="Served model, where there are several.")] = None,
     engine: Annotated[str | None, typer.Option(metavar="E", help="Engine; all engines merged if omitted.")] = None,
+    token_file: Annotated[Path | None, typer.Option(metavar="F", help="Bearer token for the sidecar.")] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="PEM", help="Authority of the sidecar's certificate.")] = None,
 ) -> None:
     """Save the live state of a sidecar as a calibration card, or load a card into it.
 
@@ -105,15 +109,20 @@ def card(
     """
     if (output is None) == (load is None):
         fail("give either --output F (save the live state) or --load F (judge against a card)")
+    try:
+        token = token_file.read_text().split()[0] if token_file else None
+    except (OSError, UnicodeDecodeError, IndexError):
+        fail(f"--token-file: {token_file} cannot be read, or holds no token")
+    call = partial(_ask, url, token=token, ca=ca)
     if output is not None:
-        _save(url, output, model, engine)
+        _save(call, output, model, engine)
     elif load is not None:
-        _load(url, load, add)
+        _load(call, load, add)
 
 
-def _save(url: str, output: Path, model: str | None, engine: str | None) -> None:
+def _save(call: Callable[..., Any], output: Path, model: str | None, engine: str | None) -> None:
     query = urlencode({name: value for name, value in (("model", model), ("engine", engine)) if value is not None})
-    document = _ask(url, f"/api/v1/card?{query}")
+    document = call(f"/api/v1/card?{query}")
     try:
         output.write_text(json.dumps(document, indent=1) + "\n")
     except OSError as error:
@@ -123,19 +132,19 @@ def _save(url: str, output: Path, model: str | None, engine: str | None) -> None
     typer.echo(f"{output}: {document['model']}, {sites} sites, {tokens} tokens")
 
 
-def _load(url: str, path: Path, add: bool) -> None:
+def _load(call: Callable[..., Any], path: Path, add: bool) -> None:
     try:
         body = read_card(path).model_dump_json().encode()
     except CardError as error:
         fail(str(error))
     query = urlencode({"name": path.stem, "add": "true" if add else "false"})
-    loaded = _ask(url, f"/api/v1/cards?{query}", body)
+    loaded = call(f"/api/v1/cards?{query}", body)
     typer.echo(f"{path}: {loaded['model']}, {loaded['sites']} sites are judged against it")
 
 
-def _ask(url: str, path: str, body: bytes | None = None) -> Any:
+def _ask(url: str, path: str, body: bytes | None = None, *, token: str | None, ca: Path | None) -> Any:
     try:
-        return ask(url, path, body)
+        return ask(url, path, body, token=token, ca=ca)
     except ClientError as error:
         fail(str(error))
 

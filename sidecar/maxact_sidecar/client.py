@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import ssl
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,10 +28,15 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def ask(url: str, path: str, body: bytes | None = None) -> Any:
-    """The JSON that a sidecar at ``url`` (http, https or ``unix:/path``) answers; a body is posted as JSON."""
-    connection, prefix = _connection(url)
+def ask(url: str, path: str, body: bytes | None = None, *, token: str | None = None, ca: Path | None = None) -> Any:
+    """The JSON that a sidecar at ``url`` (http, https or ``unix:/path``) answers; a body is posted as JSON.
+
+    ``token`` is sent as bearer token; ``ca`` signs the sidecar's certificate where the system's authorities do not.
+    """
+    connection, prefix = _connection(url, ca)
     headers = {"Content-Type": "application/json"} if body else {}
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     try:
         connection.request("POST" if body else "GET", prefix + path, body, headers)
         response = connection.getresponse()
@@ -48,16 +55,23 @@ def ask(url: str, path: str, body: bytes | None = None) -> Any:
     return document
 
 
-def _connection(url: str) -> tuple[http.client.HTTPConnection, str]:
+def _connection(url: str, ca: Path | None) -> tuple[http.client.HTTPConnection, str]:
     if url.startswith("unix:/"):
         return _UnixConnection(url.removeprefix("unix:")), ""
-    kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
     try:
         parts = urlsplit(url)
-        kind, host, port = kinds[parts.scheme], parts.hostname or "", parts.port
-    except (KeyError, ValueError):
-        raise ClientError(f"{url}: is not a URL; write http://127.0.0.1:9471 or unix:/path") from None
-    return kind(host, port, timeout=_TIMEOUT_SECONDS), parts.path.rstrip("/")
+        host, port, prefix = parts.hostname or "", parts.port, parts.path.rstrip("/")
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme == "http":
+        return http.client.HTTPConnection(host, port, timeout=_TIMEOUT_SECONDS), prefix
+    if parts.scheme == "https":
+        try:
+            context = ssl.create_default_context(cafile=ca)
+        except (OSError, ssl.SSLError):
+            raise ClientError(f"{ca}: holds no certificate") from None
+        return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_SECONDS, context=context), prefix
+    raise ClientError(f"{url}: is not a URL; write http://127.0.0.1:9471 or unix:/path")
 
 
 def _reason(error: Exception) -> str:

@@ -124,16 +124,32 @@ class Settings(BaseModel):
     saturation_threshold: float = _threshold("saturation")
     max_series: int = _option(200_000, "N", "Series per scrape; more are dropped and counted.", ge=1)
     max_streams: int = _option(1024, "N", "Workers served at once; more are refused.", ge=1)
+    tls_cert: Path | None = _option(None, "PEM", "Certificate of both servers, with what leads to its authority.")
+    tls_key: Path | None = _option(None, "PEM", "Private key of the certificate.")
+    grpc_client_ca: Path | None = _option(None, "PEM", "Workers must show a certificate signed by this authority.")
+    http_client_ca: Path | None = _option(None, "PEM", "HTTP clients must show a certificate signed by this authority.")
+    grpc_token_file: Path | None = _option(None, "FILE", "Workers must send one of these bearer tokens.")
+    http_token_file: Path | None = _option(None, "FILE", "HTTP clients may log in with one of these bearer tokens.")
+    http_users_file: Path | None = _option(None, "FILE", "HTTP clients may log in as one of these; from htpasswd -B.")
     insecure: bool = _option(False, "", "Allow addresses other machines can reach, unencrypted.")
+
+    @model_validator(mode="after")
+    def _refuse_half_of_tls(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert: certificate and key are needed together, tls_cert and tls_key")
+        for name in ("grpc_client_ca", "http_client_ca"):
+            if getattr(self, name) and self.tls_cert is None:
+                raise ValueError(f"{name}: needs TLS, tls_cert and tls_key")
+        return self
 
     @model_validator(mode="after")
     def _refuse_open_addresses(self) -> Settings:
         for name in ("grpc", "http"):
             address: Address = getattr(self, name)
-            if not address.is_local and not self.insecure:
+            if not address.is_local and self.tls_cert is None and not self.insecure:
                 raise ValueError(
-                    f"{name}: {address} can be reached from other machines, without encryption or authentication; "
-                    "use a loopback address or unix:/path, or say --insecure"
+                    f"{name}: {address} can be reached from other machines, without encryption; "
+                    "use a loopback address or unix:/path, give --tls-cert and --tls-key, or say --insecure"
                 )
         return self
 

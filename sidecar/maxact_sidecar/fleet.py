@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Final
 
 from maxact_proto import wire
 from maxact_sidecar.card import LoadedCard
@@ -14,6 +15,8 @@ from maxact_sidecar.merge import RankState
 from maxact_sidecar.snapshot import SiteKey, Snapshot
 from maxact_sidecar.state import Engine
 from maxact_sidecar.store import EngineKey, Memory
+
+_MOST_GONE: Final = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -48,11 +51,23 @@ class Fleet:
         key = (layout.model, self._label(layout))
         engine = self._engines.get(key)
         if engine is None:
+            self._forget_surplus()
             engine = Engine(layout, key[1], self._settings, self._limits(layout.model), self._memories.pop(key, None))
             self._announce(engine)
         rank = engine.attach(layout)
         self._engines[key] = engine
         return engine, rank
+
+    def _forget_surplus(self) -> None:
+        """Names cost nothing to invent: of engines that are gone only so many are kept."""
+        gone = [(engine.disconnected_at, key) for key, engine in self._engines.items() if not engine.connected]
+        if len(gone) >= _MOST_GONE:
+            _, key = min(gone)
+            del self._engines[key]
+            _log.warning(
+                "forgotten, too many engines are gone model=%(model)s engine=%(engine)s",
+                {"model": key[0], "engine": key[1]},
+            )
 
     def _label(self, layout: wire.Layout) -> str:
         alias = f"{layout.engine}@{layout.instance}"

@@ -6,6 +6,7 @@ that windows go on being merged meanwhile: it works on snapshots. What changes s
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import re
 from importlib import resources
@@ -14,9 +15,11 @@ from typing import Annotated
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maxact_sidecar import __version__, api
+from maxact_sidecar.auth import Gate
 from maxact_sidecar.card import Card, CardError, LoadedCard, build_card
 from maxact_sidecar.collector import OPENMETRICS, TEXT, Collector
 from maxact_sidecar.fleet import Fleet
@@ -33,6 +36,8 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
+_PROBES = ("/-/healthy", "/-/ready")
+
 Model = Annotated[str | None, Query(description="Served model name; needed where several models are served")]
 Engine = Annotated[str | None, Query(description="Engine name; all engines of the model where omitted")]
 
@@ -40,10 +45,12 @@ Name = Annotated[str | None, Query(description="Name of the card in metrics; its
 Add = Annotated[bool, Query(description="Keep other cards of the model: the widest range of all counts")]
 
 
-def make_app(fleet: Fleet, collector: Collector) -> FastAPI:
+def make_app(fleet: Fleet, collector: Collector, gate: Gate) -> FastAPI:
     """The application."""
     app = FastAPI(title="maxact sidecar", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(_BodyLimit)
+    if not gate.is_open:
+        app.add_middleware(_Guard, gate=gate)
     app.add_exception_handler(RequestValidationError, _explain)
     page = resources.files("maxact_sidecar").joinpath("page/index.html").read_text()
 
@@ -134,6 +141,23 @@ def _select(fleet: Fleet, model: str | None, engine: str | None) -> list[Snapsho
         for snapshot in fleet.snapshots(clock())
         if model in (None, snapshot.model) and engine in (None, snapshot.engine)
     ]
+
+
+class _Guard:
+    """Asks everybody for a token or a password, but for the probes, which tell nothing."""
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+        self._app = app
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        header = Headers(scope=scope).get("authorization", "")
+        if scope["path"] in _PROBES or await asyncio.to_thread(self._gate.admits, header):
+            await self._app(scope, receive, send)
+        else:
+            headers = {"WWW-Authenticate": self._gate.challenge}
+            await JSONResponse({"detail": "log in first"}, 401, headers)(scope, receive, send)
 
 
 class _BodyLimit:

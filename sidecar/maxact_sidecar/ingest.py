@@ -7,6 +7,7 @@ second stream, the first is dead: nothing that still comes out of it is merged, 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -18,12 +19,14 @@ import grpc
 from maxact_proto import wire
 from maxact_proto.v1 import telemetry_pb2 as pb
 from maxact_proto.v1 import telemetry_pb2_grpc
+from maxact_sidecar.auth import Gate
 from maxact_sidecar.config import Address, ConfigError, Settings
 from maxact_sidecar.families import SelfMetrics
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.headroom import Instant
 from maxact_sidecar.merge import RankState
 from maxact_sidecar.state import Engine
+from maxact_sidecar.tls import Identity, grpc_credentials
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +39,9 @@ def clock() -> Instant:
 class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
     """The service of `telemetry.proto`; one coroutine per worker."""
 
-    def __init__(self, fleet: Fleet, settings: Settings, metrics: SelfMetrics) -> None:
+    def __init__(self, fleet: Fleet, settings: Settings, metrics: SelfMetrics, gate: Gate) -> None:
         self._fleet = fleet
+        self._gate = gate
         self._max_streams = settings.max_streams
         self._metrics = metrics
         self._num_streams = 0
@@ -45,6 +49,9 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
 
     async def Stream(self, requests: AsyncIterator[Any], context: Any) -> None:
         """One worker, from its layout to its end."""
+        if not self._gate.admits(dict(context.invocation_metadata()).get("authorization", "")):
+            self._metrics.windows_rejected.labels("authorization").inc()
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token of the sidecar's grpc_token_file is needed")
         if self._num_streams >= self._max_streams:
             self._metrics.windows_rejected.labels("max_streams").inc()
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_streams} streams are served already")
@@ -60,7 +67,10 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
             self._num_streams -= 1
 
     async def _serve(self, context: Any) -> None:
-        request = await context.read()
+        try:
+            request = await asyncio.wait_for(context.read(), _LAYOUT_SECONDS)
+        except TimeoutError:
+            raise wire.WireError("layout", f"did not come within {_LAYOUT_SECONDS:g} s") from None
         if request is grpc.aio.EOF:
             return
         if not request.HasField("layout"):
@@ -103,15 +113,26 @@ _OPTIONS: Final = (
     # A worker whose machine vanished closes nothing: ask, so that it counts as gone within 40 s.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Who connects and says nothing holds a connection no longer than this.
+    ("grpc.server_handshake_timeout_ms", 10_000),
 )
+_LAYOUT_SECONDS: Final = 10.0
+_SPARE_CONNECTIONS: Final = 64
+"""Beyond the streams that are served, so that one too many is told so rather than cut off."""
 
 
-async def start_server(telemetry: Telemetry, address: Address) -> tuple[Any, Address]:
+async def start_server(telemetry: Telemetry, settings: Settings, identity: Identity | None) -> tuple[Any, Address]:
     """The gRPC server and where it listens. Raises `ConfigError` where the address cannot be had."""
-    server = grpc.aio.server(options=_OPTIONS)
+    address = settings.grpc
+    most = settings.max_streams + _SPARE_CONNECTIONS
+    options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most), ("grpc.max_concurrent_streams", most))
+    server = grpc.aio.server(options=options)
     telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(telemetry, server)  # type: ignore[no-untyped-call]
     try:
-        port = server.add_insecure_port(str(address))
+        if identity and not address.path:
+            port = server.add_secure_port(str(address), grpc_credentials(identity))
+        else:
+            port = server.add_insecure_port(str(address))
     except RuntimeError:
         port = 0
     if not port:

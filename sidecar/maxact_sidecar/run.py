@@ -12,10 +12,9 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import uvicorn
-
+from maxact_sidecar.auth import make_gates
 from maxact_sidecar.card import CardError, read_cards
 from maxact_sidecar.collector import Collector
 from maxact_sidecar.config import Address, ConfigError, Settings
@@ -23,8 +22,10 @@ from maxact_sidecar.families import SelfMetrics
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.headroom import MEANINGS
 from maxact_sidecar.http import make_app
+from maxact_sidecar.httpserver import HttpServer
 from maxact_sidecar.ingest import Telemetry, clock, start_server
 from maxact_sidecar.store import Store
+from maxact_sidecar.tls import make_identities
 
 _SETTLE_SECONDS = 1.0
 _GRACE_SECONDS = 0.5
@@ -40,6 +41,10 @@ _log = logging.getLogger(__name__)
 def check(settings: Settings) -> None:
     """Read all files that settings name. Raises `ConfigError` and `CardError`."""
     read_cards(settings.cards)
+    make_gates(settings)
+    for identity in make_identities(settings):
+        if identity:
+            identity.context()
 
 
 async def serve(read: Callable[[], Settings]) -> None:
@@ -60,17 +65,25 @@ async def _serve(settings: Settings, read: Callable[[], Settings], metrics: Self
     memories, cards = (store.load_engines(clock()), store.load_cards()) if store else ({}, [])
     fleet, collector = Fleet(settings, memories, cards), Collector(settings, metrics)
     fleet.configure_cards(read_cards(settings.cards), clock())
+    grpc_gate, http_gate = make_gates(settings)
+    grpc_identity, http_identity = make_identities(settings)
+    for name, address, gate, identity in (
+        ("grpc", settings.grpc, grpc_gate, grpc_identity),
+        ("http", settings.http, http_gate, http_identity),
+    ):
+        if gate.is_open and not address.is_local and not (identity and identity.client_ca):
+            _log.warning("anybody who reaches it may use it server=%(server)s", {"server": name})
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: _reload(settings, read, fleet, collector))
     with _listening(settings.http) as (listener, http), _private_socket(settings.grpc):
-        grpc_server, grpc = await start_server(Telemetry(fleet, settings, metrics), settings.grpc)
-        http_server = _HttpServer(make_app(fleet, collector))
+        grpc_server, grpc = await start_server(Telemetry(fleet, settings, metrics, grpc_gate), settings, grpc_identity)
+        http_server = HttpServer(make_app(fleet, collector, http_gate), None if settings.http.path else http_identity)
         http_task = asyncio.create_task(http_server.serve(sockets=[listener]))
-        settle_task = asyncio.create_task(_settle(fleet, store, stop))
-        page = str(http) if http.path else f"http://{http}"
+        settle_task = asyncio.create_task(_settle(fleet, store, http_server, stop))
+        page = str(http) if http.path else f"{'https' if http_identity else 'http'}://{http}"
         where = {"grpc": str(grpc), "page": f"{page}/", "metrics": f"{page}/metrics"}
         _log.info("sidecar ready grpc=%(grpc)s page=%(page)s metrics=%(metrics)s", where)
         await stop.wait()
@@ -100,11 +113,12 @@ def _reload(started: Settings, read: Callable[[], Settings], fleet: Fleet, colle
     _log.info("reloaded")
 
 
-async def _settle(fleet: Fleet, store: Store | None, stop: asyncio.Event) -> None:
+async def _settle(fleet: Fleet, store: Store | None, http_server: HttpServer, stop: asyncio.Event) -> None:
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), _SETTLE_SECONDS)
         fleet.settle(clock())
+        http_server.look_after()
         await _remember(fleet, store)
 
 
@@ -113,27 +127,6 @@ async def _remember(fleet: Fleet, store: Store | None) -> None:
     if store:
         engines, loaded = fleet.engines, [card for card in fleet.cards if not card.configured]
         await asyncio.to_thread(lambda: store.save({key: each.memory() for key, each in engines.items()}, loaded))
-
-
-class _HttpServer(uvicorn.Server):
-    """Uvicorn under our signal handlers."""
-
-    def __init__(self, app: Any) -> None:
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            limit_concurrency=256,
-            timeout_graceful_shutdown=1,
-            server_header=False,
-        )
-        super().__init__(config)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @contextlib.contextmanager
