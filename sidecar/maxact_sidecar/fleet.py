@@ -46,7 +46,8 @@ class Fleet:
         """The engine and rank of a worker that connected. Raises `WireError` where its sites changed.
 
         A second vLLM that serves the same model under the same engine name at the same time is an engine of its own,
-        named ``engine@instance``; one that comes after the first has gone is its restart.
+        named ``engine@instance``; one that comes after the first has gone is its restart. Another model under another
+        name is another engine, and the former one goes stale; under the same name it is a restart, with a warning.
         """
         key = (layout.model, self._label(layout))
         engine = self._engines.get(key)
@@ -54,6 +55,9 @@ class Fleet:
             self._forget_surplus()
             engine = Engine(layout, key[1], self._settings, self._limits(layout.model), self._memories.pop(key, None))
             self._announce(engine)
+        elif engine.instance != layout.instance:
+            _warn_of_another_model(engine.layout, layout)
+            engine = engine.restarted(layout, self._settings)
         rank = engine.attach(layout)
         self._engines[key] = engine
         return engine, rank
@@ -169,3 +173,17 @@ class Fleet:
                 for key, limit in loaded.card.limits().items():
                     limits[key] = max(limit, limits.get(key, 0.0))
         return limits
+
+
+def _warn_of_another_model(before: wire.Layout, now: wire.Layout) -> None:
+    """Where a name serves something else than before: its marks and its card are not of what runs now."""
+    widths = {(site.layer, site.name): site.width for site in before.sites if not site.sharded}
+    differ = [
+        site for site in now.sites if not site.sharded and site.width != widths.get((site.layer, site.name), site.width)
+    ]
+    if differ or before.model_type != now.model_type:
+        _log.warning(
+            "another model under the same name model=%(model)s engine=%(engine)s was=%(was)s is=%(is)s: its high-water "
+            "marks go on; serve it under a name of its own",
+            {"model": now.model, "engine": now.engine, "was": before.model_type, "is": now.model_type},
+        )

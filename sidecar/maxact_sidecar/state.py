@@ -61,6 +61,8 @@ class Engine:
         self._flags = Flags(settings.thresholds, settings.flag_hold)
         self._high_water = np.zeros((len(stats.PHASES), 0), np.float32)
         self._nonfinite = np.zeros((len(stats.PHASES), 0))
+        self._nonfinite_before: dict[SiteKey, npt.NDArray[np.float64]] = {}
+        """``[P]`` of sites that this engine had before vLLM restarted."""
         self._tokens = np.zeros(len(stats.PHASES), np.int64)
         self._windows = self._coalesced = 0
         self._histograms = [_no_histogram(0), _no_histogram(0)]
@@ -78,11 +80,9 @@ class Engine:
         return self.disconnected_at is None
 
     def attach(self, layout: wire.Layout) -> merge.RankState:
-        """The state of a worker that connected, known before or new. Raises `WireError` where its sites changed."""
+        """The state of a worker of this instance, known before or new. Raises `WireError` where its sites changed."""
         keys = [(site.layer, site.name) for site in layout.sites]
         with self._lock:
-            if layout.instance != self.instance:
-                self._restart(layout)
             rank = self._ranks.get(layout.rank)
             if rank is None:
                 if len(self._ranks) >= _MOST_RANKS:
@@ -100,17 +100,26 @@ class Engine:
             self.disconnected_at = None
         return rank
 
-    def _restart(self, layout: wire.Layout) -> None:
-        """Keep counters and marks of the workers that are gone, drop the rest."""
-        total = self._merge(hold=False)
-        self._high_water = np.maximum(self._high_water, total.extrema.max(axis=0))
-        # New arrays: a snapshot may still hold the old ones.
-        self._nonfinite = self._nonfinite + total.sums[merge.NONFINITE]
-        self._tokens = self._tokens + self._worker_tokens()
-        self._histograms = [_no_histogram(len(self._positions)) for _ in range(2)]
-        self._ranks.clear()
-        self.instance = layout.instance
-        self.layout = layout
+    def restarted(self, layout: wire.Layout, settings: Settings) -> Engine:
+        """The engine when vLLM restarted: counters and marks go on, the site table holds what it observes now."""
+        with self._lock:
+            successor = Engine(layout, self.label, settings, self._range_limits, self._everything_remembered())
+            nonfinite = self._nonfinite + self._merge(hold=False).sums[merge.NONFINITE]
+            successor._nonfinite_before = self._nonfinite_before | dict(zip(self._keys, nonfinite.T, strict=True))
+            successor._tokens = self._tokens + self._worker_tokens()
+            successor._windows, successor._coalesced = self._windows, self._coalesced
+        return successor
+
+    def _everything_remembered(self) -> Memory:
+        """`memory`, and what came from before but was not observed since."""
+        own = self._memory()
+        others = tuple(key for key in self._remembered.keys if key not in self._positions)
+        rest = recall(self._remembered, others)
+        return Memory(
+            keys=(*own.keys, *others),
+            high_water=np.concatenate([own.high_water, rest.high_water], axis=1),
+            flags=np.concatenate([own.flags, rest.flags], axis=1),
+        )
 
     def _place(self, keys: list[SiteKey]) -> headroom.Index:
         """Positions of sites in the engine's table, which grows by those it does not hold yet."""
@@ -121,9 +130,10 @@ class Engine:
         known = recall(self._remembered, fresh)
         self._high_water = np.concatenate([self._high_water, known.high_water], axis=1)
         self._flags.add_sites(known.flags)
-        pad = ((0, 0), (0, len(fresh)))
-        self._nonfinite = np.pad(self._nonfinite, pad)
-        self._histograms = [np.pad(half, (pad[1], (0, 0))) for half in self._histograms]
+        none = np.zeros(len(stats.PHASES))
+        before = [self._nonfinite_before.get(key, none) for key in fresh]
+        self._nonfinite = np.column_stack([self._nonfinite, *before])
+        self._histograms = [np.pad(half, ((0, len(fresh)), (0, 0))) for half in self._histograms]
         # A slice is a view; an index array copies. One rank, and ranks in pipeline order, have contiguous sites.
         contiguous = (np.diff(index) == 1).all()
         return slice(int(index[0]), int(index[-1]) + 1) if contiguous else index
@@ -138,9 +148,8 @@ class Engine:
                     table[site.layer, site.name] = site
                 elif site.sharded:
                     table[site.layer, site.name] = replace(known, width=known.width + site.width)
-        former = dict(zip(self._keys, self._sites, strict=True))
         self._keys = tuple(self._positions)
-        self._sites = tuple(table.get(key) or former[key] for key in self._keys)
+        self._sites = tuple(table[key] for key in self._keys)
 
     def _set_limits(self) -> None:
         limits = np.full((len(headroom.MEANINGS), len(self._keys)), np.nan)
@@ -178,10 +187,13 @@ class Engine:
     def memory(self) -> Memory:
         """What is to outlive the engine's workers and this process."""
         with self._lock:
-            high_water = self._high_water.copy()
-            for rank in self._ranks.values():
-                high_water[:, rank.index] = np.maximum(high_water[:, rank.index], rank.lifetime.max(axis=0))
-            return Memory(keys=self._keys, high_water=high_water, flags=self._flags.table.copy())
+            return self._memory()
+
+    def _memory(self) -> Memory:
+        high_water = self._high_water.copy()
+        for rank in self._ranks.values():
+            high_water[:, rank.index] = np.maximum(high_water[:, rank.index], rank.lifetime.max(axis=0))
+        return Memory(keys=self._keys, high_water=high_water, flags=self._flags.table.copy())
 
     def detach(self, rank: merge.RankState, now: Instant) -> None:
         """A stream of this worker ended."""
@@ -246,6 +258,7 @@ class Engine:
                 nonfinite=self._nonfinite,
                 tokens=tuple((self._tokens + self._worker_tokens()).tolist()),
                 worker_tokens=tuple(self._worker_tokens().tolist()),
+                cached_tokens=max((rank.cached for rank in ranks), default=0),
                 windows=self._windows,
                 coalesced=self._coalesced,
                 ranks=tuple(_rank_snapshot(rank) for rank in ranks),

@@ -152,6 +152,104 @@ def test_a_restarted_engine_keeps_counters_and_marks() -> None:
     assert snapshot.absmax[0] == 3.0
 
 
+def test_a_restart_that_observes_fewer_sites_shows_no_others_and_forgets_none() -> None:
+    fleet = make()
+    first = Rank(fleet)
+    own = window(1, [1.0, 500.0, 3.0])
+    own.values[stats.PREFILL, 1, stats.NONFINITE] = 3
+    first.engine.merge_window(first.state, own, at(0))
+    first.leave(1)
+    second = Rank(fleet, instance="second", sites=SITES[::2])
+    second.send(2, 2.0)
+    assert only(fleet, 3).keys == ((None, "embedding"), (0, "down_proj_input"))
+    second.leave(4)
+    Rank(fleet, instance="third").send(5, 1.0)
+    snapshot = only(fleet, 6)
+    assert snapshot.keys == tuple((site.layer, site.name) for site in SITES)
+    assert snapshot.high_water[stats.PREFILL].tolist() == [2.0, 500.0, 3.0]
+    assert snapshot.nonfinite[stats.PREFILL].tolist() == [0, 3, 0]
+    assert (snapshot.tokens, snapshot.windows) == ((0, 12, 0), 3)
+
+
+def test_a_raised_flag_outlives_a_restart() -> None:
+    fleet = make()
+    first = Rank(fleet)
+    first.send(0, [1.0, 6e4, 2.0])
+    first.leave(1)
+    Rank(fleet, instance="second").send(2, 1.0)
+    [flag] = only(fleet, 3).evidence
+    assert (flag.active, flag.absmax, flag.since) == (True, 6e4, 1e9)
+
+
+def test_another_model_is_another_engine_and_the_former_one_goes_stale() -> None:
+    fleet = make(stale=60.0)
+    first = Rank(fleet)
+    first.send(0, 500.0)
+    first.leave(1)
+    Rank(fleet, instance="second", model="another/model").send(2, 3.0)
+    assert [(each.model, each.high_water.max()) for each in fleet.snapshots(at(3))] == [
+        ("another/model", 3.0),
+        (MODEL, 500.0),
+    ]
+    assert [each.model for each in fleet.snapshots(at(62))] == ["another/model"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model_type": "qwen3"}, {"sites": tuple(replace(site, width=2 * WIDTH) for site in SITES)}],
+    ids=["type", "width"],
+)
+def test_another_model_under_the_same_name_goes_on_with_its_marks_and_is_warned_of(
+    change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = make()
+    first = Rank(fleet)
+    first.send(0, 500.0)
+    first.leave(1)
+    Rank(fleet, instance="second", **change).send(2, 3.0)
+    snapshot = only(fleet, 3)
+    assert (snapshot.absmax[0], snapshot.high_water[stats.PREFILL, 0]) == (3.0, 500.0)
+    assert f"another model under the same name model={MODEL} engine=0 was=llama" in caplog.text
+
+
+def test_a_restart_of_the_same_model_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = make()
+    Rank(fleet, tp_rank=0, tp_size=2).leave(1)
+    single = tuple(replace(site, width=2 * WIDTH) if site.sharded else site for site in SITES)
+    Rank(fleet, instance="second", sites=single)
+    assert caplog.text == ""
+
+
+def test_a_lost_rank_is_down_fades_and_the_others_go_on() -> None:
+    fleet = make(hold=10.0)
+    first, second = (Rank(fleet, tp_rank=rank, tp_size=2) for rank in range(2))
+    first.send(0, [1.0, 4.0, 8.0])
+    second.send(0, [1.0, 4.0, 16.0])
+    second.leave(1)
+    first.send(20, [1.0, 4.0, 7.0])
+    snapshot = only(fleet, 21)
+    assert [(rank.rank, rank.connected) for rank in snapshot.ranks] == [("pp0tp0", True), ("pp0tp1", False)]
+    assert snapshot.absmax.tolist() == [1.0, 4.0, 7.0]
+    assert snapshot.high_water[stats.PREFILL].tolist() == [1.0, 4.0, 16.0]
+    assert snapshot.tokens == (0, 8, 0)
+    assert len(fleet.snapshots(at(1000))) == 1, "one worker is left: the engine is not stale"
+    again = Rank(fleet, tp_rank=1, tp_size=2)
+    again.send(22, [1.0, 4.0, 9.0])
+    back = only(fleet, 23)
+    assert (back.absmax[2], [rank.connected for rank in back.ranks]) == (9.0, [True, True])
+
+
+def test_replicated_sites_of_a_lost_first_rank_are_counted_from_the_next() -> None:
+    fleet = make(hold=10.0)
+    first, second = (Rank(fleet, tp_rank=rank, tp_size=2) for rank in range(2))
+    for rank in (first, second):
+        rank.send(0, 4.0)
+    first.leave(1)
+    second.send(20, 4.0)
+    elements = only(fleet, 21).hold.elements[stats.PREFILL]
+    assert elements.tolist() == [4 * WIDTH, 4 * WIDTH, 4 * WIDTH]
+
+
 def test_two_live_engines_of_one_name_do_not_mix(caplog: pytest.LogCaptureFixture) -> None:
     fleet = make()
     Rank(fleet).send(0, 1.0)
@@ -182,15 +280,46 @@ def test_a_window_overtaken_by_its_successor_is_dropped() -> None:
     assert only(fleet, 1).absmax[0] == 2.0
 
 
-def test_a_wall_clock_that_jumps_back_neither_hides_values_nor_clears_flags() -> None:
+def test_windows_that_never_came_cost_no_high_water_mark() -> None:
     fleet = make()
     rank = Rank(fleet)
+    rank.engine.merge_window(rank.state, window(1, 2.0), at(0))
+    lost, own = window(4, 9.0), window(5, 3.0)
+    own.lifetime = lost.lifetime
+    assert rank.engine.merge_window(rank.state, own, at(1))
+    snapshot = only(fleet, 1)
+    assert (snapshot.absmax[0], snapshot.high_water[stats.PREFILL, 0]) == (3.0, 9.0)
+    assert snapshot.tokens == (0, 8, 0)
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_a_wall_clock_that_jumps_neither_hides_values_nor_clears_flags_nor_makes_an_engine_stale(jump: float) -> None:
+    fleet = make(hold=10.0, flag_hold=5.0, stale=60.0)
+    rank = Rank(fleet)
     rank.send(0, 6e4)
-    back = Instant(at(1).wall - 3600, at(1).steady)
-    rank.engine.merge_window(rank.state, window(2, 1.0), back)
-    [snapshot] = fleet.snapshots(back)
+    gone = Rank(fleet, engine="1", instance="other")
+    gone.leave(0)
+
+    def jumped(seconds: float) -> Instant:
+        return Instant(at(seconds).wall + jump, at(seconds).steady)
+
+    rank.engine.merge_window(rank.state, window(2, 1.0), jumped(1))
+    snapshot, _ = fleet.snapshots(jumped(1))
     assert snapshot.absmax[0] == 6e4
     assert snapshot.active[FP16].all()
+    assert snapshot.ranks[0].last_window_seconds == jumped(1).wall
+    rank.engine.merge_window(rank.state, window(3, 1.0), jumped(20))
+    snapshot, _ = fleet.snapshots(jumped(20))
+    assert (snapshot.absmax[0], snapshot.active.any()) == (1.0, False)
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_a_worker_whose_clock_is_off_is_judged_by_arrival(jump: float) -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    rank.send(0, 6e4, start_seconds=1e9 + jump, end_seconds=1e9 + jump + 1)
+    snapshot = only(fleet, 1)
+    assert (snapshot.absmax[0], snapshot.ranks[0].last_window_seconds) == (6e4, 1e9)
 
 
 def test_a_gone_engine_disappears_after_the_stale_time_and_returns_with_its_marks() -> None:
