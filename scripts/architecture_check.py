@@ -12,6 +12,8 @@ PER_LAYER: Final = (
     *("hidden", "attn_input", "o_proj_input", "attn_output", "mlp_input", "down_proj_input", "mlp_output"),
 )
 _OF_MLP: Final = ("mlp_input", "down_proj_input", "mlp_output")
+OF_SOME: Final = ("k", "v", "mlp_gate", "router_logits", "moe_input", "attn_post_norm", "post_norm")
+"""Sites that a layer has only where a plain hook found the module."""
 _OUTPUT: Final = {"MLP": "mlp_output", "attention": "attn_output"}
 ONCE: Final = ("embedding", "final_norm")
 
@@ -41,7 +43,8 @@ def unobserved(native: Result) -> dict[str, list[int | None]]:
         if f"-.{name}" not in seen:
             found[name].append(None)
     for layer in range(len(native["layers"])):
-        for name in PER_LAYER:
+        expected = [name for name in OF_SOME if isinstance(native["raw"].get(f"{layer}.{name}"), list)]
+        for name in (*PER_LAYER, *expected):
             if f"{layer}.{name}" not in seen:
                 found[name].append(layer)
     return dict(found)

@@ -59,6 +59,18 @@ _MLP_OUTPUT: Final = (*("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out",
 _MIXER_SITES: Final = (("attn_input", _MIXER_INPUT), ("o_proj_input", _MIXER_OUTPUT), "attn_output")
 _MLP_SITES: Final = (("mlp_input", _MLP_INPUT), ("down_proj_input", _MLP_OUTPUT), "mlp_output")
 _BARE_MLP: Final = (("mlp_input", "fc1"), ("down_proj_input", "fc2"))
+_MERGED_GATE: Final = ("gate_up_proj", "w13", "input_linear")
+_GATE: Final = (*_MERGED_GATE, "gate_proj")
+_ROUTER: Final = ("gate", "router", "proj")
+_SANDWICH: Final = (
+    "pre_feedforward_layernorm",
+    "pre_mlp_layernorm",
+    "post_feedforward_layernorm",
+    "post_mlp_layernorm",
+)
+"""Where a layer has one of these, the norm behind its attention belongs to the attention."""
+_ATTENTION_NORM: Final = ("post_self_attn_layernorm", "post_attention_layernorm")
+_MLP_NORM: Final = ("post_feedforward_layernorm", "post_mlp_layernorm")
 
 
 class RawHooks:
@@ -101,6 +113,13 @@ class RawHooks:
             mlp = _child(path, _MLPS, modules)
         self._block(index, mixer, _MIXER_SITES, modules)
         self._block(index, mlp, _MLP_SITES, modules)
+        self._cache(index, mixer, modules)
+        self._gate(index, mlp, modules)
+        self._experts(index, path, modules)
+        if any(f"{path}.{name}" in modules for name in _SANDWICH):
+            for site, names in (("attn_post_norm", _ATTENTION_NORM), ("post_norm", _MLP_NORM)):
+                if norm := _child(path, names, modules):
+                    self._hook_output(f"{index}.{site}", norm, modules)
         for site, name in _BARE_MLP if not mlp else ():
             self._input(f"{index}.{site}", path, (name,), modules)
         if not mlp and _child(path, ("fc2",), modules):
@@ -113,14 +132,58 @@ class RawHooks:
             self._input(f"{index}.{out_of[0]}", path, out_of[1], modules)
             self._hook_output(f"{index}.{output}", path, modules)
 
+    def _cache(self, index: int, mixer: str, modules: dict[str, Any]) -> None:
+        """What attention is given as keys and values; of a latent attention the latent vector."""
+
+        def watch(path: str, sites: Any) -> None:
+            def keep(module: Any, args: Any, kwargs: Any) -> None:
+                for place, site in enumerate(sites, 1):
+                    x = (*args, *kwargs.values())[place]
+                    self._keep(f"{index}.{site}", x.flatten(1))
+
+            modules[path].register_forward_pre_hook(keep, with_kwargs=True)
+            self.paths |= {f"{index}.{site}": path for site in sites}
+
+        for path, module in modules.items():
+            if mixer and path.startswith(f"{mixer}."):
+                if type(module).__name__ == "MLAAttention":
+                    watch(path, ("k",))
+                elif type(module).__name__ == "Attention" and module.kv_sharing_target_layer_name is None:
+                    watch(path, ("k", "v"))
+
+    def _gate(self, index: int, mlp: str, modules: dict[str, Any]) -> None:
+        path = _descendant(mlp, _GATE, modules) if mlp else ""
+        if not path:
+            return
+        self.paths[f"{index}.mlp_gate"] = path
+        halves = 2 if path.rpartition(".")[2] in _MERGED_GATE else 1
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self._keep(f"{index}.mlp_gate", _first(output).chunk(halves, dim=-1)[0])
+
+        modules[path].register_forward_hook(keep)
+
+    def _experts(self, index: int, layer: str, modules: dict[str, Any]) -> None:
+        inside = [path for path in modules if path.startswith(f"{layer}.")]
+        experts = next((path for path in inside if path.endswith(".experts")), "")
+        if experts:
+            self._watch_input(f"{index}.moe_input", experts, modules)
+            linears = [path for path in inside if "Linear" in type(modules[path]).__name__ and "attn" not in path]
+            named = [path for name in _ROUTER for path in linears if path.rpartition(".")[2] == name]
+            if named:
+                self._hook_output(f"{index}.router_logits", named[0], modules)
+
     def _input(self, site: str, block: str, names: Any, modules: dict[str, Any]) -> None:
         path = _descendant(block, names, modules)
         if path:
-            self.paths[site] = path
-            modules[path].register_forward_pre_hook(
-                lambda _, args, kwargs: self._keep(site, args[0] if args else next(iter(kwargs.values()))),
-                with_kwargs=True,
-            )
+            self._watch_input(site, path, modules)
+
+    def _watch_input(self, site: str, path: str, modules: dict[str, Any]) -> None:
+        self.paths[site] = path
+        modules[path].register_forward_pre_hook(
+            lambda _, args, kwargs: self._keep(site, args[0] if args else next(iter(kwargs.values()))),
+            with_kwargs=True,
+        )
 
     def _output(self, site: str, parent: str, names: Any, modules: dict[str, Any]) -> None:
         path = _child(parent, names, modules) or _descendant(parent, names, modules)

@@ -57,7 +57,7 @@ def test_a_planted_value_arrives_unchanged_at_every_hop(  # noqa: PLR0915  (the 
 
     # Hop 2: tensor -> row of the site, one float per token and statistic.
     module = Residual()
-    buffers = allocate(1, 64, torch.device("cpu"))
+    buffers = allocate([None], 64, torch.device("cpu"))
     block = buffers.block
     tap = Tap(layer=LAYER, name="hidden", path="layers.12.norm", module=module, reads="output", width=WIDTH)
     instrument([tap], buffers)

@@ -51,6 +51,13 @@ STATS: Final = (
     ),
 )
 MAX, MIN, SUM_SQUARES, SUM_ABS, NONFINITE = range(len(STATS))
+COUNTS: Final = (
+    Stat(name="saturated", unit="elements", merge="sum", help="Elements beyond the limit of the served static scale"),
+    Stat(name="zeroed", unit="elements", merge="sum", help="Elements that the served static scale rounds to zero"),
+)
+"""Counted exactly, in int64, where the served checkpoint has a static scale for the site."""
+SATURATED, ZEROED = range(len(COUNTS))
+
 NUM_EXTREMA: Final = 2
 """The first columns, MAX and MIN, are also kept over the lifetime of a worker."""
 
@@ -72,14 +79,25 @@ SITES: Final = {
     "embedding": "token embedding output",
     "hidden": "residual stream after a decoder layer",
     "attn_input": "input of the q/k/v projection",
+    "k": "keys, or a latent attention's one vector, as they enter the KV cache",
+    "v": "values, as they enter the KV cache",
     "o_proj_input": "input of the attention output projection",
     "attn_output": "attention block output, before any post-norm and the residual add",
-    "mlp_input": "input of the gate/up projection",
+    "attn_post_norm": "output of a norm between the attention block and the residual add",
+    "mlp_input": "input of the MLP block or its gate/up projection",
+    "router_logits": "output of a mixture's router",
+    "moe_input": "what a mixture's routed experts are given",
+    "expert_act": "product inside routed experts, the input of their down projection",
+    "mlp_gate": "gate projection, before the activation",
     "down_proj_input": "input of the down projection",
     "mlp_output": "MLP block output, before any post-norm and the residual add",
+    "post_norm": "output of a norm between the MLP block and the residual add",
     "final_norm": "final norm output",
 }
 """Site names in the order a token meets them, and their tensors. ``embedding`` and ``final_norm`` have no layer."""
+
+Counts = npt.NDArray[np.int64]
+"""int64, shape ``[num_phases, num_sites, num_counts]`` in the order of PHASES and COUNTS."""
 
 _IDENTITIES: Final = np.array([stat.identity for stat in STATS], dtype=np.float32)
 _SUM_COLUMNS: Final = [index for index, stat in enumerate(STATS) if stat.merge == "sum"]

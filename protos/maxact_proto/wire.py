@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,12 @@ from maxact_proto.v1 import telemetry_pb2 as pb
 MAX_SITES = 20_000
 MAX_STRING = 512
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-"""gRPC limit of both ends: 20,000 sites x (3 phases x (5 + 2) + 64 bins) floats are 6.8 MB."""
+"""gRPC limit of both ends: 20,000 sites x (3 phases x (5 + 2 + 2 x 2) + 64 bins) x 4 bytes are 7.8 MB."""
 
 MAX_COUNT = 2**53
 """Counters are float64 in the end."""
 
-_FLOAT32 = np.dtype("<f4")
+_FLOAT32, _INT64 = np.dtype("<f4"), np.dtype("<i8")
 
 
 Histogram = npt.NDArray[np.float32]
@@ -99,6 +100,10 @@ class Window:
     coalesced: int = 0
     histogram: Histogram | None = None
     """Elements by magnitude since the last window that had one; None in most."""
+    counts: stats.Counts | None = None
+    """int64 ``[num_phases, num_sites, num_counts]``; None without tokens or static scales."""
+    cached: int = 0
+    """Tokens taken from the prefix cache: they were never computed."""
 
 
 def encode_layout(layout: Layout) -> pb.StreamRequest:
@@ -213,6 +218,8 @@ def encode_window(window: Window) -> pb.StreamRequest:
             lifetime=np.ascontiguousarray(window.lifetime, _FLOAT32).tobytes(),
             coalesced=window.coalesced,
             histogram=b"" if window.histogram is None else window.histogram.astype(_FLOAT32).tobytes(),
+            counts=b"" if window.counts is None else window.counts.astype(_INT64).tobytes(),
+            cached=window.cached,
         )
     )
 
@@ -224,7 +231,7 @@ def decode_window(message: pb.Window, num_sites: int) -> Window:
     """
     if len(message.tokens) != len(stats.PHASES):
         raise WireError("window.tokens", f"{len(message.tokens)} counts for {len(stats.PHASES)} phases")
-    if max(*message.tokens, message.coalesced) > MAX_COUNT:
+    if max(*message.tokens, message.coalesced, message.cached) > MAX_COUNT:
         raise WireError("window.tokens", f"a count is above {MAX_COUNT}")
     if not (math.isfinite(message.start_seconds) and math.isfinite(message.end_seconds)):
         raise WireError("window.start_seconds", f"[{message.start_seconds}, {message.end_seconds}] is not a time span")
@@ -240,13 +247,28 @@ def decode_window(message: pb.Window, num_sites: int) -> Window:
         lifetime=_array("window.lifetime", message.lifetime, (len(stats.PHASES), num_sites, stats.NUM_EXTREMA)),
         coalesced=message.coalesced,
         histogram=_histogram(message.histogram, num_sites) if message.histogram else None,
+        counts=_counts(message.counts, num_sites) if message.counts else None,
+        cached=message.cached,
     )
 
 
-def _histogram(data: bytes, num_sites: int) -> Histogram:
-    expected = num_sites * stats.NUM_BINS * _FLOAT32.itemsize
+def _counts(data: bytes, num_sites: int) -> stats.Counts:
+    shape = (len(stats.PHASES), num_sites, len(stats.COUNTS))
+    _check_size("window.counts", data, shape, _INT64)
+    counts: stats.Counts = np.frombuffer(data, _INT64).reshape(shape)
+    if not (counts.min() >= 0 and counts.max() <= MAX_COUNT):
+        raise WireError("window.counts", f"holds a number that is no count up to {MAX_COUNT}")
+    return counts
+
+
+def _check_size(field: str, data: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    expected = math.prod(shape) * dtype.itemsize
     if len(data) != expected:
-        raise WireError("window.histogram", f"{len(data)} bytes, {expected} expected for {num_sites} sites")
+        raise WireError(field, f"{len(data)} bytes, {expected} expected for shape {list(shape)}")
+
+
+def _histogram(data: bytes, num_sites: int) -> Histogram:
+    _check_size("window.histogram", data, (num_sites, stats.NUM_BINS), _FLOAT32)
     counts: Histogram = np.frombuffer(data, _FLOAT32).reshape(num_sites, stats.NUM_BINS)
     if not (counts.min() >= 0 and counts.max() < np.inf):
         raise WireError("window.histogram", "holds a NaN, an infinity or a negative count")
@@ -254,9 +276,7 @@ def _histogram(data: bytes, num_sites: int) -> Histogram:
 
 
 def _array(field: str, data: bytes, shape: tuple[int, ...]) -> stats.Values:
-    expected = math.prod(shape) * _FLOAT32.itemsize
-    if len(data) != expected:
-        raise WireError(field, f"{len(data)} bytes, {expected} expected for shape {list(shape)}")
+    _check_size(field, data, shape, _FLOAT32)
     # One column after the other in memory: what checks and merges them is several times faster than on rows.
     columns = np.frombuffer(data, _FLOAT32).reshape(shape).transpose(2, 0, 1).copy()
     # False for a NaN too. A sum of squares may overflow to infinity; the identities of max and min are -inf and inf.

@@ -178,7 +178,7 @@ def _merge_engines(snapshots: Sequence[Snapshot]) -> list[CardSite]:
         sums[..., at] += snapshot.total.sums
         elements[..., at] += snapshot.total.elements
         widths |= {key: site.width for key, site in zip(snapshot.keys, snapshot.sites, strict=True)}
-    merged = merge.Statistics(extrema=extrema, sums=sums, elements=elements)
+    merged = merge.Statistics(extrema=extrema, sums=sums, elements=elements, counts=merge.no_counts(len(keys)))
     return _card_sites(keys, widths, merged)
 
 

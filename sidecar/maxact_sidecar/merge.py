@@ -4,8 +4,8 @@ Each rank accumulates on its own (`RankState`, a handful of numpy calls per wind
 (`merge_ranks`), so that which rank counts is decided with all of them at hand:
 
 - extrema merge by max and min over all ranks;
-- sums of sharded sites add up over tensor-parallel ranks, as do their elements; sums of replicated sites are counted
-  once, from the lowest tensor-parallel rank that has data;
+- sums of sharded sites add up over tensor-parallel ranks, as do their elements and what a static scale saturates and
+  zeroes of them; those of replicated sites are counted once, from the lowest tensor-parallel rank that has data;
 - tokens and non-finite token rows are the largest of any rank: every rank of an engine computes the same tokens, and a
   row that is non-finite in several slices is still one row.
 
@@ -30,6 +30,7 @@ Extrema = npt.NDArray[np.float32]
 Sums = npt.NDArray[np.floating]
 """``[4, P, S]``: the rows below."""
 SQUARES, MAGNITUDES, NONFINITE, TOKENS = range(4)
+Counts = stats.Counts
 assert (SQUARES, MAGNITUDES, NONFINITE) == tuple(
     column - stats.NUM_EXTREMA for column in (stats.SUM_SQUARES, stats.SUM_ABS, stats.NONFINITE)
 ), "the first rows are the wire's sum columns, in their order"
@@ -59,6 +60,8 @@ class Statistics:
     sums: Sums
     elements: npt.NDArray[np.float64]
     """``[P, S]``: finite elements behind the sums."""
+    counts: Counts
+    """``[P, S, counts]``: saturated and zeroed elements, of `stats.COUNTS`; 0 where there is no static scale."""
 
     @property
     def absmax(self) -> npt.NDArray[np.float32]:
@@ -96,6 +99,14 @@ class Statistics:
         crest: npt.NDArray[np.float64] = self.absmax / np.where(rms > 0, rms, np.nan)
         return crest
 
+    @property
+    def saturation_ratio(self) -> npt.NDArray[np.float64]:
+        """``[P, S]``: share of elements beyond the limit of the served static scale."""
+        share: npt.NDArray[np.float64] = self.counts[..., stats.SATURATED] / np.where(
+            self.elements > 0, self.elements, np.nan
+        )
+        return share
+
     def _per_element(self, row: int) -> npt.NDArray[np.float64]:
         mean: npt.NDArray[np.float64] = self.sums[row] / np.where(self.elements > 0, self.elements, np.nan)
         return mean
@@ -119,11 +130,20 @@ class RankState:
         self.windows = 0
         self.coalesced = 0
         self.tokens = np.zeros(len(stats.PHASES), np.int64)
+        self.cached = 0
+        """Tokens that were taken from the prefix cache."""
         self.lifetime = empty_extrema(len(layout.sites))
         self.total: Sums = np.zeros((4, len(stats.PHASES), len(layout.sites)))
         self._period = 0
         self._buckets = [empty_extrema(len(layout.sites)) for _ in range(2)]
         self._sums = [self._no_sums() for _ in range(2)]
+        # Nothing without static scales: a fleet need not hold zeros.
+        self._num_counts = len(stats.COUNTS) if any(site.limit is not None for site in layout.sites) else 0
+        self._total_counts = self._no_counts()
+        self._counts = [self._no_counts() for _ in range(2)]
+
+    def _no_counts(self) -> Counts:
+        return np.zeros((*self.total.shape[1:], self._num_counts), np.int64)
 
     def _no_sums(self) -> Sums:
         return np.zeros(self.total.shape, np.float32)
@@ -137,6 +157,10 @@ class RankState:
         np.maximum(self.lifetime, extrema, out=self.lifetime)
         np.maximum(self.lifetime, _extrema(window.lifetime.transpose(2, 0, 1)), out=self.lifetime)
         self._add(columns[stats.NUM_EXTREMA :], extrema[0] > -np.inf, np.array(window.tokens, np.int64))
+        if self._num_counts and window.counts is not None:
+            self._total_counts += window.counts
+            self._counts[-1] += window.counts
+        self.cached += window.cached
         self.last_sequence = window.sequence
         self.last_window_seconds = seconds
         self.windows += 1
@@ -161,6 +185,7 @@ class RankState:
         num_sites = len(self.layout.sites)
         self._buckets = [self._buckets[-1] if adjacent else empty_extrema(num_sites), empty_extrema(num_sites)]
         self._sums = [self._sums[-1] if adjacent else self._no_sums(), self._no_sums()]
+        self._counts = [self._counts[-1] if adjacent else self._no_counts(), self._no_counts()]
 
     def hold_extrema(self) -> Extrema:
         """Extrema over the hold horizon, a new array."""
@@ -175,6 +200,7 @@ class RankState:
             sharded=self.sharded,
             extrema=self.hold_extrema() if hold else self.lifetime.copy(),
             sums=np.add(*self._sums, dtype=np.float64) if hold else self.total.copy(),
+            counts=np.add(*self._counts) if hold else self._total_counts.copy(),
         )
 
 
@@ -188,6 +214,13 @@ class Part:
     sharded: npt.NDArray[np.bool_]
     extrema: Extrema
     sums: Sums
+    counts: Counts
+    """``[P, S', counts]``, or none of them."""
+
+
+def no_counts(num_sites: int) -> Counts:
+    """Counts of sites without static scales, ``[P, S, counts]``."""
+    return np.zeros((len(stats.PHASES), num_sites, len(stats.COUNTS)), np.int64)
 
 
 def merge_ranks(parts: Iterable[Part], num_sites: int) -> Statistics:
@@ -195,6 +228,7 @@ def merge_ranks(parts: Iterable[Part], num_sites: int) -> Statistics:
     extrema = empty_extrema(num_sites)
     sums = np.zeros((4, len(stats.PHASES), num_sites))
     elements = np.zeros(sums.shape[1:])
+    counts = no_counts(num_sites)
     for part in sorted(parts, key=lambda part: part.order):
         at = part.index
         first = part.sharded | (sums[TOKENS][:, at] == 0)
@@ -202,4 +236,6 @@ def merge_ranks(parts: Iterable[Part], num_sites: int) -> Statistics:
         sums[:NONFINITE, :, at] += part.sums[:NONFINITE] * first
         elements[:, at] += (part.sums[TOKENS] - part.sums[NONFINITE]) * part.widths * first
         sums[NONFINITE:, :, at] = np.maximum(sums[NONFINITE:, :, at], part.sums[NONFINITE:])
-    return Statistics(extrema=extrema, sums=sums, elements=elements)
+        if part.counts.shape[-1]:
+            counts[:, at] += part.counts * first[..., None]
+    return Statistics(extrema=extrema, sums=sums, elements=elements, counts=counts)

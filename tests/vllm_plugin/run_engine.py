@@ -30,9 +30,11 @@ class RawHooks:
         self._output(llama.norm, "-.final_norm", lambda out: out[0])
         for index, layer in enumerate(llama.layers):
             self._input(layer.self_attn.qkv_proj, f"{index}.attn_input")
+            self._cached(layer.self_attn.attn, index)
             self._input(layer.self_attn.o_proj, f"{index}.o_proj_input")
             self._output(layer.self_attn, f"{index}.attn_output", lambda out: out)
             self._input(layer.mlp.gate_up_proj, f"{index}.mlp_input")
+            self._output(layer.mlp.gate_up_proj, f"{index}.mlp_gate", lambda out: out[0].chunk(2, dim=-1)[0])
             self._input(layer.mlp.down_proj, f"{index}.down_proj_input")
             self._output(layer.mlp, f"{index}.mlp_output", lambda out: out)
             # The residual add that vLLM fuses into the next norm, in the precision of its native form.
@@ -44,6 +46,13 @@ class RawHooks:
 
     def _input(self, module: Any, name: str) -> None:
         module.register_forward_pre_hook(lambda _, args: self._keep(name, args[0]))
+
+    def _cached(self, attention: Any, index: int) -> None:
+        def keep(_: Any, args: Any) -> None:
+            for site, x in zip(("k", "v"), args[1:3], strict=True):
+                self._keep(f"{index}.{site}", x.flatten(1))
+
+        attention.register_forward_pre_hook(keep)
 
     def _keep(self, name: str, x: Any) -> None:
         rows = np.stack([x.max(dim=-1).values.float().numpy(), x.min(dim=-1).values.float().numpy()], axis=-1)

@@ -84,7 +84,7 @@ def test_extrema_of_every_site_and_phase_are_bit_equal_to_the_raw_tensors(native
     assert (native.raw["positions"][decode] >= 16).all()
     masks = (first, ~first & ~decode, decode)
     names = native.received.sites()
-    assert len(names) == 30 * 7 + 2
+    assert len(names) == 30 * 10 + 2
     for index, name in enumerate(names):
         for phase, rows in enumerate(masks):
             top, bottom = native.raw[name][rows].T

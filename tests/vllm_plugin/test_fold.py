@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from engines import run_interpreted
 from maxact_proto import stats
 from maxact_vllm import ops
 from maxact_vllm.buffers import NUM_ROWS, allocate
-from maxact_vllm.compat import Step
+from maxact_vllm.compat import StaticScale, Step
 from maxact_vllm.fold import Folder, phases_of, reference
 
 
@@ -23,11 +24,12 @@ def step(*requests: tuple[int, int, int]) -> Step:
 
 
 def fill(block: torch.Tensor, num_tokens: int, seed: int = 0) -> np.ndarray:
-    """Write plausible rows for the first tokens, garbage behind; what was written ``[4, sites, tokens]``."""
+    """Write plausible rows for the first tokens, garbage behind; what was written ``[4 or 6, sites, tokens]``."""
     rng = np.random.default_rng(seed)
-    rows = rng.normal(size=(NUM_ROWS, block.shape[1], num_tokens)).astype(np.float32)
+    rows = rng.normal(size=(len(block), block.shape[1], num_tokens)).astype(np.float32)
     rows[stats.MIN] = rows[stats.MAX] - 1
     rows[stats.SUM_SQUARES :] = np.abs(rows[stats.SUM_SQUARES :])
+    rows[NUM_ROWS:] = rng.integers(0, 2**20, rows[NUM_ROWS:].shape)
     block[:] = 1e30
     block[:, :, :num_tokens] = torch.from_numpy(rows)
     return rows
@@ -38,9 +40,13 @@ def fold(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Both forms of the fold on a CPU."""
     ops.define("cpu")
     run = torch.ops.maxact.fold if request.param == "kernel" else reference
-    return lambda block, num_tokens, phases, values: run(
-        block, values, torch.from_numpy(np.atleast_1d(np.int8(phases))), num_tokens
-    )
+
+    def fold(block: torch.Tensor, num_tokens: int, phases: Any, values: torch.Tensor, counts: Any = None) -> None:
+        none = torch.zeros(*values.shape[:2], 0, dtype=torch.int64)
+        codes = torch.from_numpy(np.atleast_1d(np.int8(phases)))
+        run(block, values, none if counts is None else counts, codes, num_tokens)
+
+    return fold
 
 
 def test_a_pure_decode_step_has_one_phase() -> None:
@@ -54,7 +60,7 @@ def test_each_row_of_a_mixed_step_gets_the_phase_of_its_position() -> None:
 
 
 def test_padded_rows_behind_the_real_tokens_never_count(fold: Callable[..., None]) -> None:
-    block = allocate(2, 100, torch.device("cpu")).block
+    block = allocate([None] * 2, 100, torch.device("cpu")).block
     rows = fill(block, 5)
     values = torch.from_numpy(stats.empty(2))
     fold(block, 5, stats.DECODE, values)
@@ -66,8 +72,22 @@ def test_padded_rows_behind_the_real_tokens_never_count(fold: Callable[..., None
     np.testing.assert_array_equal(values[stats.PREFILL].numpy(), stats.empty(2)[stats.PREFILL])
 
 
+def test_what_static_scales_saturate_and_zero_is_added_up_exactly(fold: Callable[..., None]) -> None:
+    scale = StaticScale(limit=1.0, zero=0.1)
+    block = allocate([scale, None], 100, torch.device("cpu")).block
+    rows = fill(block, 90)
+    counts = torch.full((len(stats.PHASES), 2, len(stats.COUNTS)), 2**53, dtype=torch.int64)
+    block[stats.MAX, 1, 3] = torch.nan
+    phases = np.arange(90) % 2
+    fold(block, 90, phases, torch.from_numpy(stats.empty(2)), counts)
+    rows[NUM_ROWS:, 1, 3] = 0
+    for phase in range(2):
+        added = rows[NUM_ROWS:, :, phases == phase].astype(np.int64).sum(axis=-1).T
+        np.testing.assert_array_equal(counts[phase].numpy() - 2**53, added)
+
+
 def test_rows_of_a_mixed_step_go_to_their_phases(fold: Callable[..., None]) -> None:
-    block = allocate(2, 100, torch.device("cpu")).block
+    block = allocate([None] * 2, 100, torch.device("cpu")).block
     rows = fill(block, 4)
     values = torch.from_numpy(stats.empty(2))
     fold(block, 4, [0, 1, 2, 1], values)
@@ -76,7 +96,7 @@ def test_rows_of_a_mixed_step_go_to_their_phases(fold: Callable[..., None]) -> N
 
 
 def test_a_row_with_a_nan_or_infinity_is_counted_and_in_no_other_column(fold: Callable[..., None]) -> None:
-    block = allocate(1, 64, torch.device("cpu")).block
+    block = allocate([None], 64, torch.device("cpu")).block
     rows = fill(block, 3)
     block[stats.MAX, 0, 0] = torch.nan
     block[stats.SUM_SQUARES, 0, 0] = torch.nan
@@ -90,7 +110,7 @@ def test_a_row_with_a_nan_or_infinity_is_counted_and_in_no_other_column(fold: Ca
 
 
 def test_a_site_that_does_not_run_in_a_step_adds_nothing(fold: Callable[..., None]) -> None:
-    block = allocate(1, 64, torch.device("cpu")).block
+    block = allocate([None], 64, torch.device("cpu")).block
     fill(block, 3)
     values = torch.from_numpy(stats.empty(1))
     fold(block, 3, stats.DECODE, values)
@@ -101,7 +121,7 @@ def test_a_site_that_does_not_run_in_a_step_adds_nothing(fold: Callable[..., Non
 
 def test_what_ran_before_forget_is_never_folded() -> None:
     ops.define("cpu")
-    buffers = allocate(2, 64, torch.device("cpu"))
+    buffers = allocate([None] * 2, 64, torch.device("cpu"))
     folder, block = Folder(buffers), buffers.block
     fill(block, 9)
     folder.forget()
@@ -111,7 +131,7 @@ def test_what_ran_before_forget_is_never_folded() -> None:
 
 def test_tokens_are_counted_per_phase() -> None:
     ops.define("cpu")
-    folder = Folder(allocate(1, 64, torch.device("cpu")))
+    folder = Folder(allocate([None], 64, torch.device("cpu")))
     folder.fold(step((5, 0, 5), (1, 3, 3)))
     folder.fold(step((1, 5, 5), (1, 4, 3)))
     assert folder.accumulators.tokens[0].tolist() == [1, 4, 3]

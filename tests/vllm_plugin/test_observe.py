@@ -14,28 +14,35 @@ from torch import nn
 
 from maxact_proto import stats
 from maxact_vllm import observe, ops
-from maxact_vllm.buffers import NUM_ROWS, allocate
+from maxact_vllm.buffers import COUNTED_ROWS, NUM_ROWS, allocate
 from maxact_vllm.instrument import Tap, in_order, instrument
 from maxact_vllm.observe import reference, sampled
 
+UNSCALED = torch.tensor([[torch.inf, -1.0]]).expand(4, 2).contiguous()
 
+
+@pytest.mark.parametrize("num_rows", [NUM_ROWS, COUNTED_ROWS])
 @pytest.mark.parametrize("dtype", observe.DTYPES)
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 576, 1537])
 @pytest.mark.parametrize("num_tokens", [1, 33, 600])
-def test_the_cpu_kernel_agrees_with_the_reference(num_tokens: int, width: int, dtype: torch.dtype) -> None:
+def test_the_cpu_kernel_agrees_with_the_reference(
+    num_tokens: int, width: int, dtype: torch.dtype, num_rows: int
+) -> None:
     ops.define("cpu")
     tensors = [torch.randn(num_tokens, width + 3).to(dtype)[:, :width] for _ in range(3)]
     tensors[2][num_tokens // 2, 0] = torch.nan
-    rows = torch.full((4, NUM_ROWS, 640), -7.0)
+    rows = torch.full((4, num_rows, 640), -7.0)
+    scales = torch.tensor([[1.5, 0.25], [2.0, 0.5], [1.0, 1.0], [torch.inf, -1.0]])
     histograms = torch.zeros(4, stats.NUM_BINS, dtype=torch.int64)
     expected, counted = rows.clone(), histograms.clone()
     sampling = torch.tensor([sampled(num_tokens, 5)])
-    torch.ops.maxact.observe(tensors, rows, histograms, sampling, [3, 0, 1])
-    reference(tensors, expected, counted, sampling, [3, 0, 1])
+    torch.ops.maxact.observe(tensors, rows, histograms, sampling, scales, [3, 0, 1])
+    reference(tensors, expected, counted, sampling, scales, [3, 0, 1])
     assert torch.equal(histograms, counted)
     assert torch.isnan(rows[1, stats.MAX, num_tokens // 2])
     rows[1, :, num_tokens // 2] = expected[1, :, num_tokens // 2] = 0
     assert torch.equal(rows[:, : stats.NUM_EXTREMA], expected[:, : stats.NUM_EXTREMA])
+    assert torch.equal(rows[:, NUM_ROWS:], expected[:, NUM_ROWS:])
     torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -44,7 +51,9 @@ def test_an_element_is_counted_in_the_bin_it_lies_in() -> None:
     edges = torch.tensor(stats.BIN_EDGES, dtype=torch.float32)
     x = torch.cat([edges, -edges * 1.3, torch.tensor([0.0, 1e-30, 3e38])])[None]
     histograms = torch.zeros(1, stats.NUM_BINS, dtype=torch.int64)
-    torch.ops.maxact.observe([x], torch.zeros(1, NUM_ROWS, 64), histograms, torch.tensor([sampled(1, 0)]), [0])
+    torch.ops.maxact.observe(
+        [x], torch.zeros(1, NUM_ROWS, 64), histograms, torch.tensor([sampled(1, 0)]), UNSCALED, [0]
+    )
     expected = torch.full((stats.NUM_BINS,), 2)
     expected[0] += 2
     expected[-1] += 1
@@ -68,7 +77,7 @@ def test_a_nan_shows_in_the_maximum_wherever_it_stands(place: int) -> None:
     x[1, place] = torch.nan
     rows = torch.zeros(1, NUM_ROWS, 64)
     histograms = torch.zeros(1, stats.NUM_BINS, dtype=torch.int64)
-    torch.ops.maxact.observe([x], rows, histograms, torch.tensor([0]), [0])
+    torch.ops.maxact.observe([x], rows, histograms, torch.tensor([0]), UNSCALED, [0])
     assert not histograms.any(), "no row was to be counted"
     assert torch.isnan(rows[0, stats.MAX, 1])
     assert rows[0, stats.MAX, 0] == x[0].max()
@@ -105,7 +114,7 @@ def test_a_group_is_read_at_its_last_site_and_an_output_before_a_norm_writes_ove
     taps.append(Tap(layer=0, name="attn_output", path="", module=model.attention, reads="output", width=8))
     taps = in_order(taps[::-1])
     assert [tap.name for tap in taps] == ["o_proj_input", "down_proj_input", "attn_input", "attn_output"]
-    buffers = allocate(len(taps), 5, torch.device("cpu"))
+    buffers = allocate([None] * len(taps), 5, torch.device("cpu"))
     instrument(taps, buffers)
     block = buffers.block
     x = torch.randn(5, 8)
@@ -123,7 +132,7 @@ def test_without_a_compiler_the_reference_observes_and_says_so(tmp_path: Path) -
     script = (
         "import torch\nfrom maxact_vllm import ops\nops.define('cpu')\nrows = torch.zeros(1, 4, 64)\n"
         "counts = torch.zeros(1, 64, dtype=torch.int64)\n"
-        "torch.ops.maxact.observe([torch.ones(3, 5)], rows, counts, torch.tensor([0]), [0])\n"
+        "torch.ops.maxact.observe([torch.ones(3, 5)], rows, counts, torch.tensor([0]), torch.ones(1, 2), [0])\n"
         "print(rows[0, :, 2].tolist())"
     )
     environ = {**os.environ, "CXX": "/bin/false", "VLLM_CACHE_ROOT": str(tmp_path)}

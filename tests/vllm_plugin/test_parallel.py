@@ -73,7 +73,7 @@ def test_two_tensor_parallel_ranks_merge_to_what_one_sees(
     run = serve(engine_run, tiny_llama, tensor_parallel_size=2, **NATIVE)
     assert sorted(run.received.layouts) == ["pp0tp0", "pp0tp1"]
     sharded = {site.name for site in run.received.layouts["pp0tp1"].sites if site.sharded}
-    assert sharded == {"o_proj_input", "down_proj_input"}
+    assert sharded == {"k", "v", "o_proj_input", "mlp_gate", "down_proj_input"}
     assert_same(merged(run), alone)
 
 
@@ -91,5 +91,5 @@ def test_two_pipeline_stages_send_their_layers_by_global_index(
 
 def test_every_phase_was_served(alone: Snapshot) -> None:
     assert (alone.total.sums[merge.TOKENS] > 0).all()
-    assert len(alone.keys) == 2 * 7 + 2
+    assert len(alone.keys) == 2 * 10 + 2
     assert (alone.total.sums[merge.TOKENS][stats.DECODE] == TOKENS[stats.DECODE]).all()

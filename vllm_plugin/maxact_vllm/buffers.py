@@ -5,16 +5,20 @@ It is allocated before compilation and never moves, because CUDA graphs keep add
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 
 from maxact_proto import stats
+from maxact_vllm.compat import StaticScale
 
 NUM_ROWS: Final = stats.NONFINITE
 """Statistics reduced in the graph: max, min, sum_squares, sum_abs. Non-finite rows are recognized when folding."""
+COUNTED_ROWS: Final = NUM_ROWS + len(stats.COUNTS)
+"""The same with saturated and zeroed elements, of a checkpoint with static scales."""
 
 _ALIGNMENT = 64
 """Rows start at multiples of 256 bytes: Inductor copies inputs that are aligned to less than 16 bytes."""
@@ -25,12 +29,14 @@ class Buffers:
     """What the graph writes and reads beside the model's own tensors; addresses that never change."""
 
     block: torch.Tensor
-    """One float per (statistic, site, token): float32 ``[NUM_ROWS, num_sites, padded tokens]``. In memory the rows of
-    one site, and the sites of one group, lie side by side."""
+    """One float per (statistic, site, token): float32 ``[NUM_ROWS or COUNTED_ROWS, num_sites, padded tokens]``. In
+    memory the rows of one site, and the sites of one group, lie side by side."""
     histograms: torch.Tensor
     """int64 ``[num_sites, NUM_BINS]``: elements by magnitude, counted up for ever."""
     sampling: torch.Tensor
     """int64 ``[1]``: which rows of the step are counted (`observe.sampled`)."""
+    scales: torch.Tensor
+    """float32 ``[num_sites, 2]``: beyond which magnitude an element is saturated, and up to which it is zeroed."""
 
     @property
     def nbytes(self) -> int:
@@ -38,17 +44,19 @@ class Buffers:
         return int(self.block.nbytes + self.histograms.nbytes)
 
 
-def allocate(num_sites: int, max_tokens: int, device: torch.device) -> Buffers:
-    """Buffers of ``num_sites`` sites and steps of up to ``max_tokens`` rows."""
+def allocate(scales: Sequence[StaticScale | None], max_tokens: int, device: torch.device) -> Buffers:
+    """Buffers of one site per scale, of steps of up to ``max_tokens`` rows; counted only where there is any scale."""
+    num_sites = len(scales)
+    num_rows = COUNTED_ROWS if any(scales) else NUM_ROWS
     padded = -(-max_tokens // _ALIGNMENT) * _ALIGNMENT
-    sites = _full((num_sites, NUM_ROWS, padded), -np.inf, np.float32, device)
-    histograms = _full((num_sites, stats.NUM_BINS), 0, np.int64, device)
-    return Buffers(sites.transpose(0, 1), histograms, _full((1,), 0, np.int64, device))
-
-
-def _full(shape: tuple[int, ...], value: float, dtype: Any, device: torch.device) -> torch.Tensor:
+    sites = np.full((num_sites, num_rows, padded), -np.inf, np.float32)
+    limits = np.array([(scale.limit, scale.zero) if scale else (np.inf, -1.0) for scale in scales], np.float32)
     # By way of numpy: vLLM may have set a default device and dtype.
-    return torch.from_numpy(np.full(shape, value, dtype)).to(device)
+    block, histograms, sampling, ranges = (
+        torch.from_numpy(each).to(device)
+        for each in (sites, np.zeros((num_sites, stats.NUM_BINS), np.int64), np.zeros(1, np.int64), limits)
+    )
+    return Buffers(block.transpose(0, 1), histograms, sampling, ranges)
 
 
 def own_storage(part: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ Nothing else in this package knows how vLLM's runners are built inside.
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,28 +25,8 @@ class Step:
     computed: npt.NDArray[np.int32]
     """Tokens of each request computed before this step: the position of its first row."""
     prompt_lens: npt.NDArray[np.int32]
-
-
-def canary() -> str:
-    """Why this vLLM is not one we can observe; empty when all is as expected. Checks exactly what is patched."""
-    try:
-        from vllm.config import VllmConfig
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.worker.worker_base import WorkerWrapperBase
-    except ImportError as error:
-        return f"vLLM moved what maxact patches: {error}"
-    wanted = {
-        EngineArgs: ("add_cli_args", "from_cli_args", "create_engine_config"),
-        VllmConfig: ("compute_hash",),
-        WorkerWrapperBase: ("init_device",),
-    }
-    for owner, names in wanted.items():
-        for name in names:
-            if name not in vars(owner):
-                return f"vLLM's {owner.__name__}.{name} is gone"
-    if "additional_config" not in inspect.signature(EngineArgs).parameters:
-        return "vLLM's EngineArgs has no additional_config"
-    return ""
+    cached: int = 0
+    """Tokens of requests that start here whose keys and values were cached: they are never rows."""
 
 
 def unsupported(vllm_config: Any) -> str:
@@ -102,8 +81,10 @@ def read_step(runner: Any, scheduler_output: Any) -> Step | None:
     if not getattr(scheduler_output, "total_num_scheduled_tokens", 0):
         return None
     batch = runner.input_batch if hasattr(runner, "input_batch") else runner.execute_model_state.input_batch
+    cached = _cached_tokens(scheduler_output)
     if hasattr(batch, "num_computed_tokens_np"):
-        return Step(batch.num_tokens, batch.num_scheduled_tokens, batch.num_computed_tokens_np, batch.prefill_len_np)
+        counts = (batch.num_scheduled_tokens, batch.num_computed_tokens_np, batch.prefill_len_np)
+        return Step(batch.num_tokens, *counts, cached)
     num = batch.num_reqs
     by_request = scheduler_output.num_scheduled_tokens
     scheduled = np.fromiter((by_request[name] for name in batch.req_ids[:num]), np.int32, num)
@@ -112,7 +93,18 @@ def read_step(runner: Any, scheduler_output: Any) -> Step | None:
         scheduled,
         batch.num_computed_tokens_cpu[:num],
         batch.num_prompt_tokens[:num],
+        cached,
     )
+
+
+def _cached_tokens(scheduler_output: Any) -> int:
+    """Tokens that requests which start, or start again after a preemption, found in the KV cache. vLLM 0.26-0.32."""
+    cached = sum(request.num_computed_tokens for request in scheduler_output.scheduled_new_reqs)
+    running = scheduler_output.scheduled_cached_reqs
+    if running.resumed_req_ids:
+        counts = zip(running.req_ids, running.num_computed_tokens, strict=True)
+        cached += sum(count for name, count in counts if name in running.resumed_req_ids)
+    return int(cached)
 
 
 def identity(vllm_config: Any) -> dict[str, Any]:
@@ -144,24 +136,93 @@ def holds_attention(module: Any) -> bool:
     return any(isinstance(inner, AttentionLayerBase) for inner in module.modules())
 
 
-def deployed_limit(linear: Any) -> float | None:
-    """Largest magnitude that a linear layer's static input scale represents, scale x qmax; None where there is none.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StaticScale:
+    """What a per-tensor symmetric scale of the served checkpoint leaves of a tensor."""
 
-    Per-tensor symmetric INT-8 and FP8, after vLLM has processed the weights. vLLM 0.26-0.32.
+    limit: float
+    """Largest magnitude it represents: scale x qmax."""
+    zero: float
+    """Largest magnitude that rounds to zero: half of the smallest one it represents, ties going to even."""
+
+
+def static_scale(linear: Any) -> StaticScale | None:
+    """A linear layer's static input scale, INT-8 or FP8; None where there is none. vLLM 0.26-0.32.
+
+    Read after vLLM has processed the weights.
     """
-    scale = getattr(linear, "input_scale", None)
-    if scale is None or scale.numel() != 1 or getattr(linear, "input_zero_point", None) is not None:
+    scale = _number(getattr(linear, "input_scale", None))
+    if scale is None or getattr(linear, "input_zero_point", None) is not None:
         return None
     method = type(getattr(linear, "scheme", None) or linear.quant_method).__name__.lower()
     if "int8" in method:
-        return float(scale) * 127
+        return StaticScale(limit=scale * 127, zero=scale / 2)
     if "fp8" in method:
-        import torch
         from vllm.platforms import current_platform
 
-        largest: float = torch.finfo(current_platform.fp8_dtype()).max
-        return float(scale) * largest
+        return _fp8_scale(scale, current_platform.fp8_dtype())
     return None
+
+
+def _number(scale: Any) -> float | None:
+    """The one scale of a tensor; None where there are several, or no weights were loaded."""
+    return None if scale is None or scale.numel() != 1 or scale.is_meta else float(scale)
+
+
+def _fp8_scale(scale: float, dtype: Any) -> StaticScale:
+    import torch
+
+    format = torch.finfo(dtype)
+    return StaticScale(limit=scale * format.max, zero=scale * format.smallest_normal * format.eps / 2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cached:
+    """One of the tensors that an attention layer puts into the KV cache."""
+
+    site: str
+    width: int
+    sharded: bool
+    scale: StaticScale | None
+
+
+def cached(module: Any) -> list[Cached]:
+    """What an attention layer caches: ``k`` and ``v``, or of a latent attention its one vector as ``k``.
+
+    vLLM 0.26-0.32. Nothing for other modules, and where the cache of an earlier layer is used.
+    """
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    if not isinstance(module, AttentionLayerBase) or not hasattr(module, "_k_scale"):
+        return []
+    if getattr(module, "kv_sharing_target_layer_name", None) is not None:
+        return []
+    if hasattr(module, "kv_lora_rank"):
+        return [Cached(site="k", width=module.kv_lora_rank, sharded=False, scale=_cache_scale(module, "_k_scale"))]
+    heads = module.num_kv_heads
+    sharded = _tensor_parallel_size() > 1
+    widths = {"k": heads * module.head_size, "v": heads * getattr(module, "head_size_v", module.head_size)}
+    return [
+        Cached(site=site, width=width, sharded=sharded, scale=_cache_scale(module, f"_{site}_scale"))
+        for site, width in widths.items()
+    ]
+
+
+def _cache_scale(attention: Any, name: str) -> StaticScale | None:
+    import torch
+    from vllm.platforms import current_platform
+
+    format, scale = attention.kv_cache_dtype, _number(getattr(attention, name))
+    if format not in ("fp8", "fp8_e4m3", "fp8_e5m2") or scale is None:
+        return None
+    return _fp8_scale(scale, torch.float8_e5m2 if format == "fp8_e5m2" else current_platform.fp8_dtype())
+
+
+def _tensor_parallel_size() -> int:
+    from vllm.distributed import parallel_state
+
+    size: int = parallel_state.get_tensor_model_parallel_world_size()
+    return size
 
 
 def is_missing_layer(module: Any) -> bool:

@@ -77,7 +77,8 @@ class Flusher(threading.Thread):
         while folds % 2 and state.folds == folds:  # a fold is being launched, into which set we cannot know
             time.sleep(0.0002)
         tokens = tuple(state.tokens[taken].tolist())
-        values = self._take(taken) if any(tokens) else stats.empty(len(self._layout.sites))
+        values, counts = self._take(taken) if any(tokens) else (stats.empty(len(self._layout.sites)), None)
+        cached, state.cached[taken] = state.cached[taken], 0
         state.tokens[taken][:] = 0
         np.maximum(self._lifetime[..., stats.MAX], values[..., stats.MAX], out=self._lifetime[..., stats.MAX])
         np.minimum(self._lifetime[..., stats.MIN], values[..., stats.MIN], out=self._lifetime[..., stats.MIN])
@@ -93,6 +94,8 @@ class Flusher(threading.Thread):
             values=values,
             lifetime=self._lifetime.copy(),
             histogram=self._close_histogram(),
+            counts=counts,
+            cached=cached,
         )
 
     def _close_histogram(self) -> wire.Histogram | None:
@@ -118,31 +121,39 @@ class Flusher(threading.Thread):
             logger.warning("maxact: tokens flow, yet %d of %d sites saw none: %s", len(new), values.shape[1], names)
 
 
-def _take_from_cpu(state: Accumulators) -> Callable[[int], stats.Values]:
-    def take(index: int) -> stats.Values:
-        values: stats.Values = state.values[index].numpy().copy()
+Taken = tuple[stats.Values, stats.Counts | None]
+"""What one set held; no counts where no site has a static scale."""
+
+
+def _take_from_cpu(state: Accumulators) -> Callable[[int], Taken]:
+    def take(index: int) -> Taken:
+        values, counts = state.values[index].numpy().copy(), state.counts[index].numpy().copy()
         state.values[index].copy_(state.empty)
-        return values
+        state.counts[index].zero_()
+        return values, counts if counts.size else None
 
     return take
 
 
-def _take_from_gpu(state: Accumulators) -> Callable[[int], stats.Values]:
+def _take_from_gpu(state: Accumulators) -> Callable[[int], Taken]:
     """Copy on a side stream into pinned memory, empty the set behind it, and wait on this thread only."""
     side_stream = torch.cuda.Stream(state.empty.device)
     pinned = torch.empty(state.empty.shape, dtype=torch.float32, pin_memory=True)
+    pinned_counts = torch.empty(state.counts[0].shape, dtype=torch.int64, pin_memory=True)
     # A blocking event lets this thread sleep in the driver instead of spinning on a core.
     done = torch.cuda.Event(blocking=True)
 
-    def take(index: int) -> stats.Values:
+    def take(index: int) -> Taken:
         side_stream.wait_stream(state.stream)
         with torch.cuda.stream(side_stream):
             pinned.copy_(state.values[index], non_blocking=True)
+            pinned_counts.copy_(state.counts[index], non_blocking=True)
             state.values[index].copy_(state.empty)
+            state.counts[index].zero_()
             done.record()
         done.synchronize()
-        values: stats.Values = pinned.numpy().copy()
-        return values
+        counts = pinned_counts.numpy().copy()
+        return pinned.numpy().copy(), counts if counts.size else None
 
     return take
 

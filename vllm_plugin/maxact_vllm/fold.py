@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from maxact_proto import stats
-from maxact_vllm.buffers import Buffers
+from maxact_vllm.buffers import NUM_ROWS, Buffers
 from maxact_vllm.compat import Step
 from maxact_vllm.observe import sampled
 
@@ -38,12 +38,16 @@ def phases_of(step: Step) -> Codes:
 class Accumulators:
     """Two sets of running statistics; the model's thread folds into one while the flusher empties the other."""
 
-    def __init__(self, num_sites: int, device: torch.device) -> None:
+    def __init__(self, num_sites: int, device: torch.device, num_counts: int = 0) -> None:
         self.empty = torch.from_numpy(stats.empty(num_sites)).to(device)
         self.values = [self.empty.clone(), self.empty.clone()]
         """Per set float32 ``[num_phases, num_sites, num_stats]`` on the model's device."""
+        self.counts = [torch.zeros(*self.empty.shape[:2], num_counts, dtype=torch.int64).to(device) for _ in range(2)]
+        """Per set int64 ``[num_phases, num_sites, num_counts]``, of `stats.COUNTS` or of none."""
         self.tokens = [np.zeros(len(stats.PHASES), np.int64) for _ in range(2)]
         """Per set the token rows of each phase."""
+        self.cached = [0, 0]
+        """Per set the tokens that were taken from the prefix cache, so never were rows."""
         self.active = 0
         """The set that the model's thread folds into; only the flusher changes it."""
         self.folds = 0
@@ -52,21 +56,24 @@ class Accumulators:
         """On a GPU the stream of the last fold: the model's."""
 
 
-def reference(block: torch.Tensor, values: torch.Tensor, phases: torch.Tensor, num_tokens: int) -> None:
-    """Fold the first ``num_tokens`` rows of ``block`` into ``values``: what every kernel of ``maxact::fold`` computes.
+def reference(
+    block: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, phases: torch.Tensor, num_tokens: int
+) -> None:
+    """Fold the first ``num_tokens`` rows of ``block`` into ``values`` and ``counts``: what every kernel of
+    ``maxact::fold`` computes.
 
-    ``block``: float32 ``[4, sites, tokens]``; ``values``: float32 ``[phases, sites, stats]``; both mutated. ``phases``:
-    int8 ``[num_tokens]``, or ``[1]`` for all. Rows of ``max`` are set back to -inf, so that a site which does not run
-    in the next step adds nothing.
+    ``block``: float32 ``[NUM_ROWS or COUNTED_ROWS, sites, tokens]``; ``values``: float32 ``[phases, sites, stats]``;
+    ``counts``: int64 ``[phases, sites, counts]``; all mutated. ``phases``: int8 ``[num_tokens]``, or ``[1]`` for all.
+    Rows of ``max`` are set back to -inf, so that a site which does not run in the next step adds nothing.
     """
     rows = block[:, :, :num_tokens]
     for phase in range(len(stats.PHASES)):
-        _fold_rows(rows[:, :, (phases == phase).expand(num_tokens)], values[phase])
+        _fold_rows(rows[:, :, (phases == phase).expand(num_tokens)], values[phase], counts[phase])
     rows[stats.MAX].fill_(-torch.inf)
 
 
-def _fold_rows(rows: torch.Tensor, into: torch.Tensor) -> None:
-    """Fold ``rows`` ``[4, sites, n]`` of one phase into ``into`` ``[sites, stats]``."""
+def _fold_rows(rows: torch.Tensor, into: torch.Tensor, counts: torch.Tensor) -> None:
+    """Fold ``rows`` ``[.., sites, n]`` of one phase into ``into`` ``[sites, stats]`` and ``counts``."""
     if not rows.shape[-1]:
         return
     top, bottom = rows[stats.MAX], rows[stats.MIN]
@@ -74,8 +81,9 @@ def _fold_rows(rows: torch.Tensor, into: torch.Tensor) -> None:
     broken = (top != -torch.inf) & ~finite
     into[:, stats.MAX] = torch.maximum(into[:, stats.MAX], top.where(finite, -torch.inf).amax(-1))
     into[:, stats.MIN] = torch.minimum(into[:, stats.MIN], bottom.where(finite, torch.inf).amin(-1))
-    into[:, stats.SUM_SQUARES : stats.NONFINITE] += rows[stats.SUM_SQUARES :].where(finite, 0.0).sum(-1).T
+    into[:, stats.SUM_SQUARES : stats.NONFINITE] += rows[stats.SUM_SQUARES : NUM_ROWS].where(finite, 0.0).sum(-1).T
     into[:, stats.NONFINITE] += broken.sum(-1)
+    counts += rows[NUM_ROWS:].where(finite, 0.0).to(torch.int64).sum(-1).T
 
 
 class Folder:
@@ -85,12 +93,12 @@ class Folder:
         self._block = block = buffers.block
         self._sampling = buffers.sampling
         self._draws = random.Random(0)
-        self.accumulators = Accumulators(block.shape[1], block.device)
+        self.accumulators = Accumulators(block.shape[1], block.device, block.shape[0] - NUM_ROWS)
         self._decode = torch.from_numpy(_DECODE).to(block.device)
         self._upload = _Upload(block.shape[2], block.device) if block.is_cuda else torch.from_numpy
         # Compile both variants now: no tokens, so nothing is folded.
         for phases in (self._decode, self._decode.expand(2)):
-            torch.ops.maxact.fold(block, self.accumulators.values[0], phases, 0)
+            torch.ops.maxact.fold(block, self.accumulators.values[0], self.accumulators.counts[0], phases, 0)
 
     def forget(self) -> None:
         """Drop what the rows hold, so that nothing of warm-up is ever folded."""
@@ -110,7 +118,8 @@ class Folder:
         if self._block.is_cuda:
             state.stream = torch.cuda.current_stream(self._block.device)
         phases = self._decode if codes is _DECODE else self._upload(codes)
-        torch.ops.maxact.fold(self._block, state.values[active], phases, step.num_tokens)
+        torch.ops.maxact.fold(self._block, state.values[active], state.counts[active], phases, step.num_tokens)
+        state.cached[active] += step.cached
         if codes is _DECODE:
             state.tokens[active][stats.DECODE] += step.num_tokens
         else:

@@ -15,17 +15,39 @@ from maxact_proto import stats
 _BLOCK = 512
 
 
+@triton.jit(do_not_specialize=["num_tokens"])  # type: ignore[untyped-decorator, unused-ignore]
+def _fold_counts(  # type: ignore[no-untyped-def]
+    rows, codes_ptr, counted, phase, num_tokens, stride_stat, UNIFORM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    saturated = tl.full([], 0, tl.int64)
+    zeroed = tl.full([], 0, tl.int64)
+    for start in range(0, num_tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        here = token < num_tokens
+        if not UNIFORM:
+            here = here & (tl.load(codes_ptr + token, mask=here, other=-1) == phase)
+        high = tl.load(rows + token, mask=here, other=float("inf"))
+        low = tl.load(rows + stride_stat + token, mask=here, other=float("inf"))
+        finite = here & (tl.abs(high) < float("inf")) & (tl.abs(low) < float("inf"))
+        saturated += tl.sum(tl.load(rows + 4 * stride_stat + token, mask=finite, other=0.0).to(tl.int64), axis=0)
+        zeroed += tl.sum(tl.load(rows + 5 * stride_stat + token, mask=finite, other=0.0).to(tl.int64), axis=0)
+    tl.store(counted, tl.load(counted) + saturated)
+    tl.store(counted + 1, tl.load(counted + 1) + zeroed)
+
+
 # Without this every new divisibility of an integer would compile the kernel once more, in the middle of serving.
 @triton.jit(do_not_specialize=["num_tokens"])  # type: ignore[untyped-decorator, unused-ignore]
 def _fold_kernel(  # type: ignore[no-untyped-def]
-    block_ptr,  # float32 [4, sites, padded]: max, min, sum_squares, sum_abs per token; max is reset to -inf
+    block_ptr,  # float32 [4 or 6, sites, padded]: max, min, sum_squares, sum_abs and counts; max is reset to -inf
     codes_ptr,  # int8 [num_tokens]: phase of each token; where UNIFORM int8 [1]: of all
     values_ptr,  # float32 [phases, sites, 5], mutated
+    counts_ptr,  # int64 [phases, sites, COUNTS], mutated
     num_tokens,
     stride_stat,
     stride_site,
     num_sites,
     UNIFORM: tl.constexpr,
+    COUNTS: tl.constexpr,
     PHASES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -37,6 +59,9 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
         phase_first = tl.load(codes_ptr).to(tl.int32)
         phase_last = phase_first + 1
     for phase in range(phase_first, phase_last):
+        if COUNTS:
+            counted = counts_ptr + (phase * num_sites + site) * COUNTS
+            _fold_counts(rows, codes_ptr, counted, phase, num_tokens, stride_stat, UNIFORM, BLOCK)
         into = values_ptr + (phase * num_sites + site) * 5
         top = tl.load(into)
         bottom = tl.load(into + 1)
@@ -68,17 +93,21 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
         tl.store(into + 4, broken)
 
 
-def fold(block: torch.Tensor, values: torch.Tensor, phases: torch.Tensor, num_tokens: int) -> None:
+def fold(
+    block: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, phases: torch.Tensor, num_tokens: int
+) -> None:
     """`fold.reference` on the current stream; all tensors on the device."""
     _fold_kernel[(block.shape[1],)](
         block,
         phases,
         values,
+        counts,
         num_tokens,
         block.stride(0),
         block.stride(1),
         block.shape[1],
         UNIFORM=phases.shape[0] == 1,
+        COUNTS=counts.shape[-1],
         PHASES=len(stats.PHASES),
         BLOCK=_BLOCK,
         num_warps=4,

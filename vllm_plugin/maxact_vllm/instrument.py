@@ -15,7 +15,7 @@ one block of memory, so that one fold reads them all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -25,11 +25,15 @@ from torch import nn
 from maxact_proto import stats
 from maxact_vllm import observe, ops
 from maxact_vllm.buffers import Buffers, own_storage
+from maxact_vllm.compat import StaticScale
 
 _AS_EXECUTED: Final = ("o_proj_input", "mlp_input", "down_proj_input", "hidden", "attn_input")
 """Sites between two attentions in the order a forward meets them."""
+_CACHED: Final = ("k", "v")
+"""Sites in front of an attention, where vLLM splits a graph: nothing may be under way beyond it."""
 
-Reads = Literal["input", "output", "residual", "sum"]
+Reads = Literal["input", "second argument", "third argument", "output", "residual", "sum"]
+_ARGUMENTS: Final = {"input": 0, "second argument": 1, "third argument": 2}
 Pending = list[tuple[int, torch.Tensor]]
 """Sites of a group met so far in this forward: place in the group, tensor ``[tokens, width]``."""
 
@@ -38,9 +42,10 @@ Pending = list[tuple[int, torch.Tensor]]
 class Tap:
     """Where one site is read: ``reads`` of ``module``.
 
-    ``input``: the first tensor argument. ``output``: the output, or the first of a tuple, or where nothing is returned
-    the last argument, which such a module fills. ``residual``: the second of a ``(normed, residual)`` tuple, or the
-    input of a norm that was given no residual: the residual stream itself. ``sum``: that of the two a layer returns.
+    ``input``: the first tensor argument; the others as named. ``output``: the output, or the first of a tuple, or where
+    nothing is returned the last argument, which such a module fills; of a wider one the first ``width`` columns.
+    ``residual``: the second of a ``(normed, residual)`` tuple, or the input of a norm that was given no residual: the
+    residual stream itself. ``sum``: that of the two a layer returns.
     """
 
     layer: int | None
@@ -51,8 +56,10 @@ class Tap:
     width: int
     """Elements per token on this rank."""
     sharded: bool = False
-    limit: float | None = None
-    """Largest magnitude that the static scale of the served checkpoint represents; None where it has none."""
+    alone: bool = False
+    """True where the compiler may not see the module: its hook runs when others of its group were traced long ago."""
+    scale: StaticScale | None = None
+    """Of the served checkpoint; None where it has none."""
 
 
 def in_order(taps: Sequence[Tap]) -> list[Tap]:
@@ -67,7 +74,9 @@ def instrument(taps: Sequence[Tap], buffers: Buffers) -> None:
     for _, group in itertools.groupby(taps, key=lambda tap: _position(tap)[:2]):
         members = list(group)
         here = slice(first, first + len(members))
-        _hook_group(members, buffers.block.transpose(0, 1)[here], buffers.histograms[here], buffers.sampling)
+        own = (buffers.block.transpose(0, 1), buffers.histograms, buffers.scales)
+        rows, histograms, scales = (own_storage(each[here]) for each in own)
+        _hook_group(members, {"rows": rows, "histograms": histograms, "sampling": buffers.sampling, "scales": scales})
         first += len(members)
 
 
@@ -77,23 +86,25 @@ def _position(tap: Tap) -> tuple[int, str, int]:
         stretch = -1 if tap.name == "embedding" else 1 << 30
     else:
         stretch = tap.layer - (tap.name == "attn_input")
-    if tap.reads in ("output", "sum"):
+    if tap.name in _CACHED:
+        return stretch, "cached", _CACHED.index(tap.name)
+    if tap.alone or tap.reads in ("output", "sum"):
         # A norm may write over the output of a block: it cannot wait for the others.
         return stretch, tap.name, 0
     return stretch, "", _AS_EXECUTED.index(tap.name)
 
 
-def _hook_group(taps: Sequence[Tap], rows: torch.Tensor, histograms: torch.Tensor, sampling: torch.Tensor) -> None:
+def _hook_group(taps: Sequence[Tap], buffers: Mapping[str, torch.Tensor]) -> None:
     last = taps[-1]
-    names = tuple(f"_maxact_{last.name}_{part}" for part in ("rows", "histograms", "sampling"))
-    for name, part in zip(names, (own_storage(rows), own_storage(histograms), sampling), strict=True):
+    names = [f"_maxact_{last.name}_{part}" for part in buffers]
+    for name, part in zip(names, buffers.values(), strict=True):
         last.module.register_buffer(name, part, persistent=False)
     pending: Pending = []
     for index, tap in enumerate(taps):
         _collect(tap, index, pending)
-    if last.reads != "input":
+    if last.reads in ("output", "residual", "sum"):
         last.module.register_forward_hook(_observing(pending, names))
-    elif rows.is_cuda:
+    elif buffers["rows"].is_cuda and last.reads == "input" and not last.alone:
         last.module.register_forward_pre_hook(_forking(pending, names))
         last.module.register_forward_hook(_joining(pending, names))
     else:
@@ -101,6 +112,8 @@ def _hook_group(taps: Sequence[Tap], rows: torch.Tensor, histograms: torch.Tenso
 
 
 def _collect(tap: Tap, index: int, pending: Pending) -> None:
+    argument = _ARGUMENTS.get(tap.reads)
+
     def keep(x: Any) -> None:
         if any(place == index for place, _ in pending):  # the last site of the group did not run
             pending.clear()
@@ -108,7 +121,8 @@ def _collect(tap: Tap, index: int, pending: Pending) -> None:
             pending.append((index, _readable(x)))
 
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(args[0] if args else next(iter(kwargs.values())))
+        x = (*args, *kwargs.values())[argument or 0]
+        keep(x.flatten(1) if argument and isinstance(x, torch.Tensor) else x)  # of one row per token and head
 
     def on_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = (*args, *kwargs.values())
@@ -118,9 +132,10 @@ def _collect(tap: Tap, index: int, pending: Pending) -> None:
         elif tap.reads == "sum":
             keep(parts[0] + parts[1])
         else:
-            keep(given[-1] if output is None else parts[0])
+            x = given[-1] if output is None else parts[0]
+            keep(x[..., : tap.width] if x.shape[-1] > tap.width else x)
 
-    if tap.reads == "input":
+    if argument is not None:
         tap.module.register_forward_pre_hook(on_input, with_kwargs=True)
     else:
         tap.module.register_forward_hook(on_output, with_kwargs=True)

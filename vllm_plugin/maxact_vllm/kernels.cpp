@@ -1,7 +1,8 @@
 // Hops 2/9 and 3/9 on a CPU: the kernels of `observe` and `fold`, built at the first start against torch's stable ABI.
 //
 // One pass over every row: max, min, sum of squares, sum of magnitudes, sixteen values at a time in float32. Rows of the
-// sample are counted into a histogram of magnitudes as well. After the step one pass over what the rows gave.
+// sample are counted into a histogram of magnitudes as well; under static scales a second pass counts what they saturate
+// and zero. After the step one pass over what the rows gave.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +23,7 @@ constexpr int kLanes = 16;
 constexpr int64_t kElementsPerTask = 1 << 15;
 // maxact_proto.stats
 constexpr int kMax = 0, kMin = 1, kSumSquares = 2, kSumAbs = 3, kNonfinite = 4, kNumStats = 5, kNumPhases = 3;
+constexpr int kNumRows = 4, kSaturated = 0, kZeroed = 1, kNumCounts = 2;
 constexpr int kNumBins = 64, kLowestOctave = -22;
 constexpr int64_t kSampleEvery = 64;
 
@@ -94,6 +96,31 @@ void reduce_row(const T* x, int64_t width, float* out, int64_t stride_stat) {
   out[kSumAbs * stride_stat] = sum_abs;
 }
 
+// Elements beyond limit, and those up to zero: a comparison of lanes is -1 where it holds.
+template <typename T>
+void count_scaled(const T* x, int64_t width, float limit, float zero, float* out, int64_t stride_stat) {
+  Integers saturated{}, zeroed{};
+  int64_t column = 0;
+  for (; column + kLanes <= width; column += kLanes) {
+    const Floats value = load(x + column), magnitude = value < 0 ? -value : value;
+    saturated -= magnitude > limit;
+    zeroed -= magnitude <= zero;
+  }
+  int64_t num_saturated = 0, num_zeroed = 0;
+  for (int lane = 0; lane < kLanes; ++lane) num_saturated += saturated[lane], num_zeroed += zeroed[lane];
+  if (column < width) {
+    T rest[kLanes] = {};
+    std::copy_n(x + column, width - column, rest);
+    const Floats value = load(rest);
+    for (int64_t lane = 0; lane < width - column; ++lane) {
+      num_saturated += std::fabs(value[lane]) > limit;
+      num_zeroed += std::fabs(value[lane]) <= zero;
+    }
+  }
+  out[(kNumRows + kSaturated) * stride_stat] = num_saturated;
+  out[(kNumRows + kZeroed) * stride_stat] = num_zeroed;
+}
+
 // Which rows are counted: every kSampleEvery-th of the first num_tokens, from offset on; none where num_tokens is 0.
 struct Sampling {
   int64_t offset, num_tokens, weight;
@@ -118,12 +145,16 @@ void count_row(const T* x, int64_t width, int64_t weight, int64_t* histogram) {
 }
 
 template <typename T>
-void reduce(const Tensor& tensor, float* out, int64_t stride_stat, Sampling sampling, int64_t* histogram) {
+void reduce(
+    const Tensor& tensor, float* out, int64_t stride_stat, const float* scale, Sampling sampling, int64_t* histogram) {
   const T* x = static_cast<const T*>(tensor.data_ptr());
   const int64_t width = tensor.size(1), stride = tensor.stride(0);
   const int64_t grain = kElementsPerTask / (width + 1) + 1;
   torch::stable::parallel_for(0, tensor.size(0), grain, [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token) reduce_row(x + token * stride, width, out + token, stride_stat);
+    for (int64_t token = first; token < last; ++token) {
+      reduce_row(x + token * stride, width, out + token, stride_stat);
+      if (scale) count_scaled(x + token * stride, width, scale[0], scale[1], out + token, stride_stat);
+    }
   });
   const int64_t num_tokens = std::min(sampling.num_tokens, tensor.size(0));
   for (int64_t token = sampling.offset; token < num_tokens; token += kSampleEvery) {
@@ -133,18 +164,22 @@ void reduce(const Tensor& tensor, float* out, int64_t stride_stat, Sampling samp
   }
 }
 
-// tensors[k]: [tokens, width] of bfloat16, float16 or float32, rows contiguous; rows: float32 [sites, 4, padded tokens];
-// histograms: int64 [sites, kNumBins], never reset; sampling: int64 [1], num_tokens << 32 | offset.
+// tensors[k]: [tokens, width] of bfloat16, float16 or float32, rows contiguous; rows: float32 [sites, 4 or 6, padded
+// tokens]; histograms: int64 [sites, kNumBins], never reset; sampling: int64 [1], num_tokens << 32 | offset; scales:
+// float32 [sites, 2], (limit, zero).
 void observe(
-    std::vector<Tensor> tensors, Tensor rows, Tensor histograms, Tensor sampling, std::vector<int64_t> sites) {
+    std::vector<Tensor> tensors, Tensor rows, Tensor histograms, Tensor sampling, Tensor scales,
+    std::vector<int64_t> sites) {
+  const bool counted = rows.size(1) > kNumRows;
   const Sampling sampled(*static_cast<const int64_t*>(sampling.data_ptr()));
   for (size_t k = 0; k < tensors.size(); ++k) {
     float* out = static_cast<float*>(rows.data_ptr()) + sites[k] * rows.stride(0);
+    const float* scale = counted ? static_cast<const float*>(scales.data_ptr()) + sites[k] * 2 : nullptr;
     int64_t* histogram = static_cast<int64_t*>(histograms.data_ptr()) + sites[k] * kNumBins;
     switch (tensors[k].scalar_type()) {
-      case ScalarType::BFloat16: reduce<Bfloat16>(tensors[k], out, rows.stride(1), sampled, histogram); break;
-      case ScalarType::Half: reduce<_Float16>(tensors[k], out, rows.stride(1), sampled, histogram); break;
-      case ScalarType::Float: reduce<float>(tensors[k], out, rows.stride(1), sampled, histogram); break;
+      case ScalarType::BFloat16: reduce<Bfloat16>(tensors[k], out, rows.stride(1), scale, sampled, histogram); break;
+      case ScalarType::Half: reduce<_Float16>(tensors[k], out, rows.stride(1), scale, sampled, histogram); break;
+      case ScalarType::Float: reduce<float>(tensors[k], out, rows.stride(1), scale, sampled, histogram); break;
       default: STD_TORCH_CHECK(false, "maxact::observe takes bfloat16, float16 and float32");
     }
   }
@@ -153,17 +188,19 @@ void observe(
 struct Totals {
   float max = -kInf, min = kInf;
   double sum_squares = 0, sum_abs = 0, nonfinite = 0;  // many rows in one step: float32 would lose the small ones
+  int64_t counts[kNumCounts] = {};
 
-  void take(float top, float bottom, float squares, float magnitudes) {
-    if (top == -kInf) return;  // the site did not run
+  bool take(float top, float bottom, float squares, float magnitudes) {
+    if (top == -kInf) return false;  // the site did not run
     if (!std::isfinite(top) || !std::isfinite(bottom)) {
       nonfinite += 1;
-      return;
+      return false;
     }
     max = std::max(max, top);
     min = std::min(min, bottom);
     sum_squares += squares;
     sum_abs += magnitudes;
+    return true;
   }
 
   void merge_into(float* values) const {
@@ -175,9 +212,11 @@ struct Totals {
   }
 };
 
-// block: float32 [4, sites, tokens], tokens contiguous; values: float32 [phases, sites, stats], contiguous; phases: int8
-// [num_tokens], or [1] where all rows are of one phase.
-void fold(Tensor block, Tensor values, Tensor phases, int64_t num_tokens) {
+// block: float32 [4 or 6, sites, tokens], tokens contiguous; values: float32 [phases, sites, stats] and counts: int64
+// [phases, sites, 0 or 2], contiguous; phases: int8 [num_tokens], or [1] where all rows are of one phase.
+void fold(Tensor block, Tensor values, Tensor counts, Tensor phases, int64_t num_tokens) {
+  const int64_t num_counts = counts.size(2);
+  int64_t* counted = static_cast<int64_t*>(counts.data_ptr());
   const int64_t num_sites = block.size(1), stride_stat = block.stride(0);
   const int8_t* phase = static_cast<const int8_t*>(phases.data_ptr());
   const int64_t step = phases.size(0) == 1 ? 0 : 1;
@@ -186,12 +225,19 @@ void fold(Tensor block, Tensor values, Tensor phases, int64_t num_tokens) {
     float* top = static_cast<float*>(block.data_ptr()) + site * block.stride(1);
     Totals totals[kNumPhases];
     for (int64_t token = 0; token < num_tokens; ++token) {
-      totals[phase[token * step]].take(
+      Totals& total = totals[phase[token * step]];
+      const bool finite = total.take(
           top[token], top[stride_stat * kMin + token], top[stride_stat * kSumSquares + token],
           top[stride_stat * kSumAbs + token]);
+      for (int64_t k = 0; finite && k < num_counts; ++k) {
+        total.counts[k] += static_cast<int64_t>(top[stride_stat * (kNumRows + k) + token]);
+      }
     }
     std::fill_n(top, num_tokens, -kInf);
-    for (int p = 0; p < kNumPhases; ++p) totals[p].merge_into(into + (p * num_sites + site) * kNumStats);
+    for (int p = 0; p < kNumPhases; ++p) {
+      totals[p].merge_into(into + (p * num_sites + site) * kNumStats);
+      for (int64_t k = 0; k < num_counts; ++k) counted[(p * num_sites + site) * num_counts + k] += totals[p].counts[k];
+    }
   }
 }
 

@@ -1,15 +1,16 @@
 """Hop 2/9: what is computed of a site: max, min, sum of squares and sum of magnitudes of each token row; of a sample
-of the rows a histogram of magnitudes too.
+of the rows a histogram of magnitudes too; under a static scale how many elements it saturates and zeroes.
 
 Three operations (`ops`) that the compiler sees as a whole:
 
-- ``observe(tensors, rows, histograms, sampling, sites)``: ``tensors[k]`` ``[tokens, width]`` is reduced into
+- ``observe(tensors, rows, histograms, sampling, scales, sites)``: ``tensors[k]`` ``[tokens, width]`` is reduced into
   ``rows[sites[k]]`` and counted in ``histograms[sites[k]]``.
 - ``fork``: the same on a side stream, a parallel branch of a CUDA graph; ``join(tensors, rows)`` makes the model's
   stream wait for it. The tensors are arguments of both, so their memory is not used again in between.
 
-``rows``: float32 ``[sites of a group, NUM_ROWS, padded tokens]``. All operations write it, as far as the compiler can
-tell, which keeps them in the graph, in order and free of constants: all layers share one compiled piece.
+``rows``: float32 ``[sites of a group, NUM_ROWS or COUNTED_ROWS, padded tokens]``. All operations write it, as far as
+the compiler can tell, which keeps them in the graph, in order and free of constants: all layers share one compiled
+piece. ``scales``: float32 ``[sites of a group, 2]``, of `Buffers`; read where there are rows for the counts.
 ``histograms``: int64 ``[sites of a group, NUM_BINS]``, counted up for ever. ``sampling``: int64 ``[1]``, from
 `sampled`; 0 counts none.
 
@@ -26,6 +27,7 @@ from typing import Final
 import torch
 
 from maxact_proto import stats
+from maxact_vllm.buffers import NUM_ROWS
 
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 """What the operations take."""
@@ -42,6 +44,7 @@ def reference(
     rows: torch.Tensor,
     histograms: torch.Tensor,
     sampling: torch.Tensor,
+    scales: torch.Tensor,
     sites: list[int],
 ) -> None:
     """What every kernel computes; ``rows`` and ``histograms`` are mutated.
@@ -54,6 +57,10 @@ def reference(
         out = rows[site, :, : x.shape[0]]
         out[stats.MAX], out[stats.MIN] = wide.amax(-1), wide.amin(-1)
         out[stats.SUM_SQUARES], out[stats.SUM_ABS] = (wide * wide).sum(-1), wide.abs().sum(-1)
+        if len(out) > NUM_ROWS:
+            limit, zero = scales[site]
+            out[NUM_ROWS + stats.SATURATED] = (wide.abs() > limit).sum(-1)
+            out[NUM_ROWS + stats.ZEROED] = (wide.abs() <= zero).sum(-1)
         counted = wide[offset : num_tokens : stats.SAMPLE_EVERY]
         counted = counted[counted.isfinite().all(-1)]
         bins = (counted.abs().view(torch.int32) >> 22) - 2 * (127 + stats.LOWEST_OCTAVE)

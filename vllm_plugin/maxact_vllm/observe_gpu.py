@@ -15,6 +15,7 @@ import triton.language as tl
 
 from maxact_proto import stats
 from maxact_vllm import logger
+from maxact_vllm.buffers import NUM_ROWS
 
 FIRST_BIN = tl.constexpr(2 * (127 + stats.LOWEST_OCTAVE))
 """Exponent and first bit of the mantissa where the first bin begins, as they stand in a float32."""
@@ -31,13 +32,18 @@ _failed: list[bool] = []
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _reduce_row(  # type: ignore[no-untyped-def]
-    x, width, out, stride_stat, histogram, weight, BLOCK: tl.constexpr, BINS: tl.constexpr
+    x, width, out, stride_stat, histogram, weight, scale, BLOCK: tl.constexpr, BINS: tl.constexpr, COUNTS: tl.constexpr
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     bottom = tl.full([BLOCK], float("inf"), tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
     magnitudes = tl.zeros([BLOCK], tl.float32)
+    saturated = tl.zeros([BLOCK], tl.float32)
+    zeroed = tl.zeros([BLOCK], tl.float32)
+    if COUNTS:
+        limit = tl.load(scale)
+        zero = tl.load(scale + 1)
     for start in range(0, width, BLOCK):
         here = start + column < width
         value = tl.load(x + start + column, mask=here, other=0.0).to(tl.float32)
@@ -45,12 +51,18 @@ def _reduce_row(  # type: ignore[no-untyped-def]
         bottom = tl.minimum(bottom, tl.where(here, value, float("inf")))
         squares += value * value
         magnitudes += tl.abs(value)
+        if COUNTS:
+            saturated += (tl.abs(value) > limit).to(tl.float32)
+            zeroed += (here & (tl.abs(value) <= zero)).to(tl.float32)
     total = tl.sum(magnitudes, axis=0)
     # Maxima ignore a NaN; the sum does not: let the row say so in its maximum, where the fold looks.
     tl.store(out, tl.where(total == total, tl.max(top, axis=0), total))
     tl.store(out + stride_stat, tl.min(bottom, axis=0))
     tl.store(out + 2 * stride_stat, tl.sum(squares, axis=0))
     tl.store(out + 3 * stride_stat, total)
+    if COUNTS:
+        tl.store(out + 4 * stride_stat, tl.sum(saturated, axis=0))
+        tl.store(out + 5 * stride_stat, tl.sum(zeroed, axis=0))
     if (weight > 0) & (total < float("inf")):
         for start in range(0, width, BLOCK):
             here = start + column < width
@@ -69,9 +81,10 @@ def _observe_kernel(  # type: ignore[no-untyped-def]
     s0, s1, s2, s3, s4, s5, s6, s7,  # row strides
     w0, w1, w2, w3, w4, w5, w6, w7,  # widths
     r0, r1, r2, r3, r4, r5, r6, r7,  # sites: where in rows
-    rows_ptr,  # float32 [sites, 4, padded]
+    rows_ptr,  # float32 [sites, 4 or 6, padded]
     histograms_ptr,  # int64 [sites, BINS]
     sampling_ptr,  # int64 [1]
+    scales_ptr,  # float32 [sites, 2]
     num_tokens,
     stride_site,
     stride_stat,
@@ -79,6 +92,7 @@ def _observe_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
     EVERY: tl.constexpr,
+    COUNTS: tl.constexpr,
 ):  # fmt: skip
     packed = tl.load(sampling_ptr)
     offset = packed & 0xFFFFFFFF
@@ -92,42 +106,42 @@ def _observe_kernel(  # type: ignore[no-untyped-def]
         if which == 0:
             _reduce_row(
                 x0 + token * s0, w0, out + r0 * stride_site, stride_stat,
-                histograms_ptr + r0 * BINS, weight, BLOCK, BINS,
+                histograms_ptr + r0 * BINS, weight, scales_ptr + 2 * r0, BLOCK, BINS, COUNTS,
             )  # fmt: skip
         elif which == 1:
             _reduce_row(
                 x1 + token * s1, w1, out + r1 * stride_site, stride_stat,
-                histograms_ptr + r1 * BINS, weight, BLOCK, BINS,
+                histograms_ptr + r1 * BINS, weight, scales_ptr + 2 * r1, BLOCK, BINS, COUNTS,
             )  # fmt: skip
         elif which == 2:
             _reduce_row(
                 x2 + token * s2, w2, out + r2 * stride_site, stride_stat,
-                histograms_ptr + r2 * BINS, weight, BLOCK, BINS,
+                histograms_ptr + r2 * BINS, weight, scales_ptr + 2 * r2, BLOCK, BINS, COUNTS,
             )  # fmt: skip
         elif which == 3:
             _reduce_row(
                 x3 + token * s3, w3, out + r3 * stride_site, stride_stat,
-                histograms_ptr + r3 * BINS, weight, BLOCK, BINS,
+                histograms_ptr + r3 * BINS, weight, scales_ptr + 2 * r3, BLOCK, BINS, COUNTS,
             )  # fmt: skip
         elif which == 4:
             _reduce_row(
                 x4 + token * s4, w4, out + r4 * stride_site, stride_stat,
-                histograms_ptr + r4 * BINS, weight, BLOCK, BINS,
+                histograms_ptr + r4 * BINS, weight, scales_ptr + 2 * r4, BLOCK, BINS, COUNTS,
             )  # fmt: skip
         elif which == 5:
             _reduce_row(
                 x5 + token * s5, w5, out + r5 * stride_site, stride_stat,
-                histograms_ptr + r5 * BINS, weight, BLOCK, BINS,
+                histograms_ptr + r5 * BINS, weight, scales_ptr + 2 * r5, BLOCK, BINS, COUNTS,
             )  # fmt: skip
         elif which == 6:
             _reduce_row(
                 x6 + token * s6, w6, out + r6 * stride_site, stride_stat,
-                histograms_ptr + r6 * BINS, weight, BLOCK, BINS,
+                histograms_ptr + r6 * BINS, weight, scales_ptr + 2 * r6, BLOCK, BINS, COUNTS,
             )  # fmt: skip
         else:
             _reduce_row(
                 x7 + token * s7, w7, out + r7 * stride_site, stride_stat,
-                histograms_ptr + r7 * BINS, weight, BLOCK, BINS,
+                histograms_ptr + r7 * BINS, weight, scales_ptr + 2 * r7, BLOCK, BINS, COUNTS,
             )  # fmt: skip
 
 
@@ -136,6 +150,7 @@ def observe(
     rows: torch.Tensor,
     histograms: torch.Tensor,
     sampling: torch.Tensor,
+    scales: torch.Tensor,
     sites: list[int],
 ) -> None:
     """`observe.reference` on the current stream, for up to 8 tensors of as many tokens.
@@ -144,7 +159,7 @@ def observe(
     """
     try:
         if tensors and not _failed:
-            _launch(tensors, rows, histograms, sampling, sites)
+            _launch(tensors, rows, histograms, sampling, scales, sites)
     except Exception:
         _failed.append(True)
         logger.exception("maxact cannot observe on this GPU; serving goes on")
@@ -155,6 +170,7 @@ def _launch(
     rows: torch.Tensor,
     histograms: torch.Tensor,
     sampling: torch.Tensor,
+    scales: torch.Tensor,
     sites: list[int],
 ) -> None:
     padding = _MAX_TENSORS - len(tensors)
@@ -174,6 +190,7 @@ def _launch(
         rows,
         histograms,
         sampling,
+        scales,
         num_tokens,
         rows.stride(0),
         rows.stride(1),
@@ -181,6 +198,7 @@ def _launch(
         BLOCK=_BLOCK,
         BINS=stats.NUM_BINS,
         EVERY=stats.SAMPLE_EVERY,
+        COUNTS=rows.shape[1] > NUM_ROWS,
         num_warps=8,
     )
 
@@ -190,13 +208,14 @@ def fork(
     rows: torch.Tensor,
     histograms: torch.Tensor,
     sampling: torch.Tensor,
+    scales: torch.Tensor,
     sites: list[int],
 ) -> None:
     """The same on the side stream, behind what the current one has done so far."""
     side = _side_stream(rows.device)
     side.wait_stream(torch.cuda.current_stream(rows.device))
     with torch.cuda.stream(side):
-        observe(tensors, rows, histograms, sampling, sites)
+        observe(tensors, rows, histograms, sampling, scales, sites)
 
 
 def join(tensors: list[torch.Tensor], rows: torch.Tensor) -> None:

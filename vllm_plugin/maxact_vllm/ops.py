@@ -13,9 +13,11 @@ from torch import library
 
 from maxact_vllm import fold, kernels_cpu, logger, observe
 
-_OBSERVE: Final = "(Tensor[] tensors, Tensor(a!) rows, Tensor(b!) histograms, Tensor sampling, int[] sites) -> ()"
+_OBSERVE: Final = (
+    "(Tensor[] tensors, Tensor(a!) rows, Tensor(b!) histograms, Tensor sampling, Tensor scales, int[] sites) -> ()"
+)
 _JOIN: Final = "(Tensor[] tensors, Tensor(a!) rows) -> ()"
-_FOLD: Final = "(Tensor(a!) block, Tensor(b!) values, Tensor phases, int num_tokens) -> ()"
+_FOLD: Final = "(Tensor(a!) block, Tensor(b!) values, Tensor(c!) counts, Tensor phases, int num_tokens) -> ()"
 _LIBRARY: Final = library.Library("maxact", "DEF")
 
 

@@ -1,8 +1,9 @@
 """Hop 2/9: which tensors of a loaded model are sites, found by the role of modules, never by architecture names.
 
 What is looked for: the list of decoder layers (its members hold vLLM's attention-like layers), in each layer the block
-around that layer and the other block with linear layers (the MLP), the linear layers in them, and beside the list the
-embedding and the final norm. A role that cannot be found yields no site; a model without a layer list yields none.
+around that layer and the other block with linear layers (the MLP), the linear layers in them, what attention caches,
+the router and the experts, norms behind a block, and beside the list the embedding and the final norm. A role that
+cannot be found yields no site; a model without a layer list yields none.
 
 The residual stream needs care: most layers return an un-added ``(hidden, residual)`` and the add is fused into the next
 norm, so `hidden` of layer i is read at the first norm of layer i + 1 (or the final norm), which has just made it.
@@ -15,14 +16,15 @@ import dis
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from maxact_vllm.compat import deployed_limit, holds_attention, is_missing_layer
+from maxact_vllm.compat import cached, holds_attention, is_missing_layer, static_scale
 from maxact_vllm.instrument import Reads, Tap
 
 
@@ -74,18 +76,25 @@ def _layer_taps(index: int, path: str, layer: nn.Module, hidden_size: int) -> It
     if attention is not None:
         names = ("attn_input", "o_proj_input", "attn_output")
         yield from _block_taps(index, _join(path, attention[0]), attention[1], names, hidden_size)
+        yield from _cache_taps(index, _join(path, attention[0]), attention[1])
     mlp = next(((name, child) for name, child in children if _is_block(child) and not holds_attention(child)), None)
     if mlp is not None:
         names = ("mlp_input", "down_proj_input", "mlp_output")
         yield from _block_taps(index, _join(path, mlp[0]), mlp[1], names, hidden_size)
+        yield from _gate_taps(index, _join(path, mlp[0]), mlp[1])
     elif any(isinstance(child, LinearBase) for _, child in children):
         yield from _bare_mlp_taps(index, path, layer)
+    yield from _expert_taps(index, path, layer, attention[0] if attention else "", hidden_size)
+    yield from _post_norm_taps(index, path, layer, attention, mlp, hidden_size)
 
 
 def _is_block(module: nn.Module) -> bool:
     """An MLP: it has an output projection, or experts that have one. Routers and mixers of streams have neither."""
-    inside = [(name, inner) for name, inner in module.named_modules() if inner is not module]
-    return any(_is_row(inner) or name.rpartition(".")[2] == "experts" for name, inner in inside)
+    return _has_experts(module) or any(_is_row(inner) for inner in module.modules() if inner is not module)
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
 
 
 def _block_taps(
@@ -99,11 +108,119 @@ def _block_taps(
     rows = [name for name, inner in linears if _is_row(inner) and inner.output_size == hidden_size] or narrowing
     taking = [name for name, inner in linears if not _is_row(inner) and inner.input_size == hidden_size]
     columns = [name for name in taking if name not in rows]
-    if columns:
+    # What stands inside a block of experts runs in an operation that the compiler does not look into, on GPUs.
+    hidden_inside = _has_experts(block)
+    if hidden_inside:
+        yield Tap(layer=index, name=into, path=path, module=block, reads="input", width=hidden_size)
+    elif columns:
         yield _input_tap(index, into, path, block, columns[0])
     if rows:
-        yield _input_tap(index, out_of, path, block, rows[-1])
+        yield replace(_input_tap(index, out_of, path, block, rows[-1]), alone=hidden_inside)
     yield Tap(layer=index, name=output, path=path, module=block, reads="output", width=hidden_size)
+
+
+def _cache_taps(index: int, path: str, block: nn.Module) -> Iterator[Tap]:
+    """What attention puts into the KV cache: keys and values, or the latent vector that both are made of."""
+    for name, inner in block.named_modules():
+        for each in cached(inner):
+            reads: Reads = "second argument" if each.site == "k" else "third argument"
+            yield Tap(
+                layer=index,
+                name=each.site,
+                path=_join(path, name),
+                module=inner,
+                reads=reads,
+                width=each.width,
+                sharded=each.sharded,
+                scale=each.scale,
+            )
+        if cached(inner):
+            return
+
+
+def _gate_taps(index: int, path: str, block: nn.Module) -> Iterator[Tap]:
+    """The gate projection before the activation: the first half of a merged projection, or one that is named so."""
+    for name, inner in block.named_modules():
+        if isinstance(inner, MergedColumnParallelLinear) and len(inner.output_sizes) == 2:
+            width = inner.output_sizes[0]
+        elif isinstance(inner, LinearBase) and name.rpartition(".")[2] == "gate_proj":
+            width = inner.output_size
+        else:
+            continue
+        tp_size = getattr(inner, "tp_size", 1)
+        yield Tap(
+            layer=index,
+            name="mlp_gate",
+            path=_join(path, name),
+            module=inner,
+            reads="output",
+            width=width // tp_size,
+            sharded=tp_size > 1,
+        )
+        return
+
+
+def _expert_taps(index: int, path: str, layer: nn.Module, attention: str, hidden_size: int) -> Iterator[Tap]:
+    """The router's output and what the experts are given. Products inside experts are made by no module."""
+    inside = [
+        (name, inner)
+        for name, inner in layer.named_modules()
+        if not (attention and f"{name}.".startswith(f"{attention}."))
+    ]
+    experts = next(((name, inner) for name, inner in inside if name.rpartition(".")[2] == "experts"), None)
+    if experts is None:
+        return
+    name, inner = experts
+    yield Tap(
+        layer=index,
+        name="moe_input",
+        path=_join(path, name),
+        module=inner,
+        reads="input",
+        width=hidden_size,
+        alone=True,
+    )
+    for name, inner in inside:
+        if isinstance(inner, LinearBase) and (
+            type(inner).__name__ == "GateLinear" or name.rpartition(".")[2] in ("gate", "router")
+        ):
+            width = inner.output_size
+            yield Tap(
+                layer=index, name="router_logits", path=_join(path, name), module=inner, reads="output", width=width
+            )
+            return
+
+
+Child = tuple[str, nn.Module]
+
+
+def _post_norm_taps(
+    index: int, path: str, layer: nn.Module, attention: Child | None, mlp: Child | None, hidden_size: int
+) -> Iterator[Tap]:
+    """Sandwich norms, by when a layer's forward asks for them: behind a block, and not the one in front of the next."""
+    if attention is None or mlp is None:
+        return
+    norms = [name for name, child in layer.named_children() if _is_norm(child)]
+    order = [name for name in _order_of_use(layer.forward) if name in (*norms, attention[0], mlp[0])]
+    if attention[0] not in order or mlp[0] not in order[order.index(attention[0]) :]:
+        return
+    first, second = order.index(attention[0]), order.index(mlp[0])
+    before, between, behind = order[:first], order[first + 1 : second], order[second + 1 :]
+    if between and behind and (len(between) > 1 or not before):
+        yield _norm_tap(index, "attn_post_norm", path, layer, between[0], hidden_size)
+    if behind:
+        yield _norm_tap(index, "post_norm", path, layer, behind[-1], hidden_size)
+
+
+def _norm_tap(index: int, site: str, path: str, layer: nn.Module, name: str, width: int) -> Tap:
+    module = layer.get_submodule(name)
+    return Tap(layer=index, name=site, path=_join(path, name), module=module, reads="output", width=width)
+
+
+def _order_of_use(method: Callable[..., Any]) -> list[str]:
+    """Names of attributes in the order a method asks for them first."""
+    asked = [each.argval for each in dis.get_instructions(inspect.unwrap(method)) if "LOAD_" in each.opname]
+    return list(dict.fromkeys(name for name in asked if isinstance(name, str)))
 
 
 def _is_row(linear: nn.Module) -> bool:
@@ -137,7 +254,7 @@ def _input_tap(index: int, site: str, path: str, parent: nn.Module, name: str) -
         reads="input",
         width=width,
         sharded=sharded,
-        limit=deployed_limit(linear),
+        scale=static_scale(linear),
     )
 
 

@@ -53,6 +53,8 @@ class Outbox:
                     tokens=tuple(a + b for a, b in zip(waiting.tokens, window.tokens, strict=True)),
                     coalesced=waiting.coalesced + 1,
                     histogram=_add(waiting.histogram, window.histogram),
+                    counts=_add(waiting.counts, window.counts),
+                    cached=waiting.cached + window.cached,
                 )
             self._changed.notify_all()
 
@@ -86,7 +88,7 @@ class Outbox:
             return self._changed.wait_for(lambda: self._waiting is None and self._under_way is None, timeout_seconds)
 
 
-def _add(one: wire.Histogram | None, other: wire.Histogram | None) -> wire.Histogram | None:
+def _add(one: Any, other: Any) -> Any:
     if one is None or other is None:
         return other if one is None else one
     return one + other

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from maxact_proto import stats, wire
-from maxact_vllm import compat, logger
-from maxact_vllm.buffers import NUM_ROWS, allocate
-from maxact_vllm.config import Settings
+from maxact_vllm import canary, compat, logger
+from maxact_vllm.buffers import allocate
+from maxact_vllm.config import Settings, disown, spoil
 from maxact_vllm.flush import Flusher
 from maxact_vllm.fold import Folder
 from maxact_vllm.instrument import Tap, in_order, instrument
@@ -30,12 +30,15 @@ _MAX_FAILURES = 3
 def attach(worker: Any, vllm_config: Any, carried: Any) -> None:
     """Observe the model that this worker is about to load, as ``additional_config["maxact"]`` says. Raises nothing."""
     try:
-        problem = compat.unsupported(vllm_config)
+        problem = canary.of_worker(worker) or compat.unsupported(vllm_config)
         if problem:
-            logger.warning("maxact does not observe this engine: %s", problem)
+            disown(vllm_config)
+            if not getattr(worker, "rank", 0):  # one line, not one per rank
+                logger.warning("maxact does not observe this engine: %s", problem)
             return
         _Seams(worker, vllm_config, Settings.from_mapping(carried)).wrap()
     except Exception:
+        disown(vllm_config)
         logger.exception("maxact does not observe this engine: attaching failed")
 
 
@@ -45,7 +48,7 @@ class Capture:
     def __init__(self, runner: Any, vllm_config: Any, settings: Settings) -> None:
         taps = _wanted_taps(runner, vllm_config, settings)
         device = torch.device(runner.device)
-        buffers = allocate(len(taps), compat.max_rows(vllm_config), device)
+        buffers = allocate([tap.scale for tap in taps], compat.max_rows(vllm_config), device)
         compat.count_memory(runner, buffers.nbytes)
         instrument(taps, buffers)
         self._folder = Folder(buffers)
@@ -59,7 +62,7 @@ class Capture:
             "maxact observes %d sites of %s (%s), windows of %g s to %s; buffers %d statistics x %d sites x %d tokens "
             "x 4 bytes, histograms %d sites x %d bins x 8 bytes: %.1f MiB",
             *(len(taps), layout.model, settings.sites, settings.interval, settings.endpoint),
-            *(NUM_ROWS, len(taps), buffers.block.shape[2], len(taps), stats.NUM_BINS, buffers.nbytes / 2**20),
+            *(*buffers.block.shape, len(taps), stats.NUM_BINS, buffers.nbytes / 2**20),
         )
 
     def start(self) -> None:
@@ -126,8 +129,10 @@ class _Seams:
         try:
             self._capture = Capture(self._runner, self._vllm_config, self._settings)
         except Unobservable as error:
+            disown(self._vllm_config)
             logger.warning("maxact does not observe this model: %s", error)
         except Exception:
+            spoil(self._vllm_config)
             logger.exception("maxact does not observe this model: instrumenting failed")
 
     def _warm(self, *args: Any, **kwargs: Any) -> None:
@@ -203,7 +208,7 @@ def _layout(taps: list[Tap], vllm_config: Any, settings: Settings) -> wire.Layou
             width=tap.width,
             sharded=tap.sharded,
             module=tap.path,
-            limit=tap.limit,
+            limit=tap.scale.limit if tap.scale else None,
         )
         for tap in taps
     )

@@ -82,7 +82,7 @@ class LayoutAccepted(_message.Message):
     def __init__(self, layout_id: _Optional[int] = ..., last_sequence: _Optional[int] = ...) -> None: ...
 
 class Window(_message.Message):
-    __slots__ = ("layout_id", "sequence", "start_seconds", "end_seconds", "tokens", "values", "lifetime", "coalesced", "histogram")
+    __slots__ = ("layout_id", "sequence", "start_seconds", "end_seconds", "tokens", "values", "lifetime", "coalesced", "histogram", "counts", "cached")
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -92,6 +92,8 @@ class Window(_message.Message):
     LIFETIME_FIELD_NUMBER: _ClassVar[int]
     COALESCED_FIELD_NUMBER: _ClassVar[int]
     HISTOGRAM_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
     layout_id: int
     sequence: int
     start_seconds: float
@@ -101,7 +103,9 @@ class Window(_message.Message):
     lifetime: bytes
     coalesced: int
     histogram: bytes
-    def __init__(self, layout_id: _Optional[int] = ..., sequence: _Optional[int] = ..., start_seconds: _Optional[float] = ..., end_seconds: _Optional[float] = ..., tokens: _Optional[_Iterable[int]] = ..., values: _Optional[bytes] = ..., lifetime: _Optional[bytes] = ..., coalesced: _Optional[int] = ..., histogram: _Optional[bytes] = ...) -> None: ...
+    counts: bytes
+    cached: int
+    def __init__(self, layout_id: _Optional[int] = ..., sequence: _Optional[int] = ..., start_seconds: _Optional[float] = ..., end_seconds: _Optional[float] = ..., tokens: _Optional[_Iterable[int]] = ..., values: _Optional[bytes] = ..., lifetime: _Optional[bytes] = ..., coalesced: _Optional[int] = ..., histogram: _Optional[bytes] = ..., counts: _Optional[bytes] = ..., cached: _Optional[int] = ...) -> None: ...
 
 class WindowAck(_message.Message):
     __slots__ = ("sequence",)
