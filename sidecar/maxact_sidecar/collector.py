@@ -22,9 +22,20 @@ from maxact_proto import stats
 from maxact_sidecar import merge
 from maxact_sidecar.card import LoadedCard
 from maxact_sidecar.config import Settings
-from maxact_sidecar.families import ENGINE, FAMILIES, JUDGED, PHASED, RANK, SITE, Family, SelfMetrics
+from maxact_sidecar.families import (
+    DETAIL,
+    ENGINE,
+    FAMILIES,
+    JUDGED,
+    PHASED,
+    RANK,
+    RANK_PHASED,
+    SITE,
+    Family,
+    SelfMetrics,
+)
 from maxact_sidecar.headroom import MEANINGS, Floats
-from maxact_sidecar.snapshot import SiteKey, Snapshot
+from maxact_sidecar.snapshot import RankDetail, SiteKey, Snapshot
 
 TEXT: Final = text_format.CONTENT_TYPE_LATEST
 OPENMETRICS: Final = openmetrics.CONTENT_TYPE_LATEST
@@ -38,7 +49,8 @@ class _Template:
     """Of the site table that it was made for."""
     mask: bytes
     """Which of its label sets have a series."""
-    text: str
+    text: bytes
+    """Filled in as bytes: a third faster than as text that is encoded afterwards."""
 
 
 class Collector:
@@ -57,14 +69,21 @@ class Collector:
         """Show these thresholds and keep this series cap from the next scrape on."""
         self._settings = settings
 
-    def render(self, snapshots: Sequence[Snapshot], cards: Sequence[LoadedCard], *, as_openmetrics: bool) -> bytes:
-        """One scrape, in the Prometheus text format or in OpenMetrics."""
+    def render(
+        self,
+        snapshots: Sequence[Snapshot],
+        cards: Sequence[LoadedCard],
+        *,
+        as_openmetrics: bool,
+        ranks_apart: bool = False,
+    ) -> bytes:
+        """One scrape, in the Prometheus text format or in OpenMetrics; ``ranks_apart``: with `DETAIL`."""
         started = time.perf_counter()
         parts: list[bytes] = []
         room = self._settings.max_series
         dropped = 0
         templates: dict[tuple[str, int], _Template] = {}
-        for family in FAMILIES:
+        for family in (*FAMILIES, *DETAIL) if ranks_apart else FAMILIES:
             head = _head(family, as_openmetrics)
             for part, (keys, sets, values) in enumerate(self._series(family, snapshots, cards)):
                 known, left_out = _known(values, room)
@@ -73,7 +92,7 @@ class Collector:
                 if shown:
                     key = (family.name, part)
                     templates[key] = template = _template(family, keys, sets, known, self._templates.get(key))
-                    parts.append(head + (template.text % tuple(values[known].tolist())).encode())
+                    parts.append(head + template.text % tuple(values[known].tolist()))
                     head = b""
         self._templates = templates
         self._metrics.series.set(self._settings.max_series - room)
@@ -92,6 +111,9 @@ class Collector:
             for snapshot in snapshots:
                 values = _SITE_VALUES[family.name](snapshot).ravel()
                 yield snapshot.keys, partial(_site_sets, snapshot, family.labels), values
+        elif family.labels == RANK_PHASED:
+            for snapshot in snapshots:
+                yield from _detail_series(family.name, snapshot)
         elif family.labels in (RANK, ENGINE, (*ENGINE, "phase")):
             for snapshot in snapshots:
                 yield None, *_engine_series(family.name, snapshot)
@@ -115,9 +137,25 @@ def _site_sets(snapshot: Snapshot, labels: tuple[str, ...]) -> list[str]:
 
 
 def _site_labels(snapshot: Snapshot, key: SiteKey) -> str:
-    layer, name = key
+    return _engine_labels(snapshot) + _place_labels(*key)
+
+
+def _place_labels(layer: int | None, name: str) -> str:
     place = "" if layer is None else f',layer="{layer}"'
-    return f'{_engine_labels(snapshot)}{place},site="{name}"'
+    return f'{place},site="{name}"'
+
+
+def _detail_series(name: str, snapshot: Snapshot) -> Iterable[tuple[None, Callable[[], Sequence[str]], Floats]]:
+    for rank in snapshot.ranks:
+        if rank.detail:
+            labels = f'{_engine_labels(snapshot)},rank="{rank.rank}"'
+            yield None, partial(_detail_sets, labels, rank.detail), _DETAIL_VALUES[name](rank.detail).ravel()
+
+
+def _detail_sets(rank: str, detail: RankDetail) -> list[str]:
+    """Label sets in the order of ``[phases, sites]``."""
+    places = [rank + _place_labels(site.layer, site.name) for site in detail.sites]
+    return [f'{place},phase="{phase}"' for phase in stats.PHASES for place in places]
 
 
 def _engine_labels(snapshot: Snapshot) -> str:
@@ -158,6 +196,12 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
     ),
 }
 """``[sites]``, ``[phases, sites]`` or ``[meanings, sites]``; what is not finite has no series."""
+
+_DETAIL_VALUES: Final[Mapping[str, Callable[[RankDetail], Floats]]] = {
+    "maxact_rank_absmax": lambda detail: detail.absmax,
+    "maxact_rank_nonfinite_tokens_total": lambda detail: detail.nonfinite,
+}
+"""``[phases, sites]``."""
 
 
 def _engine_series(name: str, snapshot: Snapshot) -> tuple[Callable[[], list[str]], Floats]:
@@ -202,7 +246,8 @@ def _template(
         return former
     shown = sets()
     names = [f"{{{shown[index]}}}" if family.labels else "" for index in np.flatnonzero(known)]
-    return _Template(keys, mask, "\n".join(f"{family.name}{labels} {family.format}" for labels in names))
+    text = "\n".join(f"{family.name}{labels} {family.format}" for labels in names)
+    return _Template(keys, mask, text.encode())
 
 
 def _head(family: Family, as_openmetrics: bool) -> bytes:

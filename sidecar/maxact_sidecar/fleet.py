@@ -98,10 +98,10 @@ class Fleet:
         """Engines that return under their name, gone ones included."""
         return {key: engine for key, engine in self._engines.items() if not engine.is_alias}
 
-    def snapshots(self, now: Instant) -> list[Snapshot]:
+    def snapshots(self, now: Instant, *, ranks_apart: bool = False) -> list[Snapshot]:
         """Engines that are connected or left less than the stale time ago, by model and engine."""
         engines = [engine for _, engine in sorted(self._engines.items())]
-        return [engine.snapshot(now) for engine in engines if not self._is_stale(engine, now)]
+        return [engine.snapshot(now, ranks_apart=ranks_apart) for engine in engines if not self._is_stale(engine, now)]
 
     def _is_stale(self, engine: Engine, now: Instant) -> bool:
         left_at = engine.disconnected_at

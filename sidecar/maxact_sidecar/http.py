@@ -10,7 +10,7 @@ import asyncio
 import gzip
 import re
 from importlib import resources
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -41,6 +41,7 @@ _PROBES = ("/-/healthy", "/-/ready")
 Model = Annotated[str | None, Query(description="Served model name; needed where several models are served")]
 Engine = Annotated[str | None, Query(description="Engine name; all engines of the model where omitted")]
 
+Detail = Annotated[Literal["rank"] | None, Query(description="rank: with series of every worker as well")]
 Name = Annotated[str | None, Query(description="Name of the card in metrics; its model where omitted", max_length=512)]
 Add = Annotated[bool, Query(description="Keep other cards of the model: the widest range of all counts")]
 
@@ -59,10 +60,12 @@ def make_app(fleet: Fleet, collector: Collector, gate: Gate) -> FastAPI:
         return HTMLResponse(page, headers=_PAGE_HEADERS)
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    def metrics(request: Request) -> Response:
+    def metrics(request: Request, detail: Detail = None) -> Response:
         """Prometheus text format, or OpenMetrics where the client accepts it."""
         as_openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
-        body = collector.render(fleet.snapshots(clock()), fleet.cards, as_openmetrics=as_openmetrics)
+        apart = detail == "rank"
+        snapshots = fleet.snapshots(clock(), ranks_apart=apart)
+        body = collector.render(snapshots, fleet.cards, as_openmetrics=as_openmetrics, ranks_apart=apart)
         headers = {"Content-Type": OPENMETRICS if as_openmetrics else TEXT, "Vary": "Accept, Accept-Encoding"}
         if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
             body = gzip.compress(body, compresslevel=1)

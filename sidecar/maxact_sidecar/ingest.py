@@ -1,8 +1,19 @@
 """Hop 7/9: the gRPC service: a layout opens a stream, windows come in, each is merged and judged, then acknowledged.
 
-A window is acknowledged after it was merged, never before: what a worker has not seen acknowledged it keeps. A message
-that breaks a limit of the wire ends its stream with INVALID_ARGUMENT and is counted by field. Where a worker opens a
-second stream, the first is dead: nothing that still comes out of it is merged, or the resent window would count twice.
+A window is acknowledged after it was merged, never before: what a worker has not seen acknowledged it keeps. What does
+not go as planned has one result each:
+
+- a message that breaks a limit of the wire ends its stream with INVALID_ARGUMENT and is counted by field;
+- a second stream of the same worker: the first is dead, nothing that still comes out of it is merged, or the window
+  that is sent again would count twice;
+- a sequence number that was merged before, or is below one that was: acknowledged, counted as repeated, not merged; a
+  gap: merged, and what the lost windows held of high-water marks came with the lifetime extrema of the next;
+- vLLM restarts (another instance, the former one gone): counters and marks go on, statistics and site table begin anew;
+- another model: another engine, and the former one goes stale; under the same name a restart, and a warning;
+- a worker is lost: its rank is down, its values fade with the hold horizon, the others go on; when it comes back with
+  the same instance, it goes on where it was;
+- a clock jumps: nothing is judged by it. Horizons and minimum times run on the steady clock of this process, from the
+  arrival of a window; wall clocks only label (when a flag was raised, when a window ended).
 """
 
 from __future__ import annotations
@@ -103,7 +114,13 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
             window = wire.decode_window(request.window, len(rank.layout.sites))
             if window.layout_id != layout_id:
                 raise wire.WireError("window.layout_id", f"is {window.layout_id}, this stream's is {layout_id}")
-            engine.merge_window(rank, window, clock())
+            now = clock()
+            is_new = engine.merge_window(rank, window, now)
+        if is_new:
+            # Two clocks: where one of them jumps or they differ, a window cannot have come before its end.
+            self._metrics.window_lag_seconds.observe(max(0.0, now.wall - window.end_seconds))
+        else:
+            self._metrics.windows_repeated.inc()
         return pb.StreamResponse(window_ack=pb.WindowAck(sequence=window.sequence))
 
 

@@ -25,6 +25,17 @@ def peak(extrema: merge.Extrema) -> npt.NDArray[np.float32]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RankDetail:
+    """Statistics of one worker's own sites, not merged with those of the others."""
+
+    sites: tuple[wire.Site, ...]
+    absmax: npt.NDArray[np.float32]
+    """``[P, S]``: over the hold horizon; NaN without tokens."""
+    nonfinite: npt.NDArray[np.float64]
+    """``[P, S]``: token rows since it started; NaN where it never saw any."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RankSnapshot:
     """One worker of an engine."""
 
@@ -34,6 +45,8 @@ class RankSnapshot:
     """Arrival of its last window, seconds since the epoch."""
     windows: int
     coalesced: int
+    detail: RankDetail | None = None
+    """Only where it was asked for: it doubles what a snapshot of many workers costs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from maxact_proto import stats, wire
 from maxact_sidecar import headroom, merge, resolution
 from maxact_sidecar.config import Settings
 from maxact_sidecar.headroom import FP16_LIMIT, Evidence, Flags, Instant
-from maxact_sidecar.snapshot import RankSnapshot, SiteKey, Snapshot, peak
+from maxact_sidecar.snapshot import RankDetail, RankSnapshot, SiteKey, Snapshot, peak
 from maxact_sidecar.store import Memory, empty_memory, recall
 
 _HISTOGRAM_SECONDS = 300.0
@@ -235,8 +235,8 @@ class Engine:
             cleared = self._flags.settle(peak(self._hold_extrema(now)), now)
         self._announce("cleared", cleared)
 
-    def snapshot(self, now: Instant) -> Snapshot:
-        """The engine at this moment."""
+    def snapshot(self, now: Instant, *, ranks_apart: bool = False) -> Snapshot:
+        """The engine at this moment; ``ranks_apart``: with the statistics of every worker on its own."""
         self.settle(now)
         with self._lock:
             ranks = self._rotated(now)
@@ -266,6 +266,10 @@ class Engine:
                 limit=flags.limit,
                 flags=flags.table.copy(),
             )
+        if ranks_apart:
+            details = [_detail(*each) for each in zip(ranks, holds, totals, strict=True)]
+            apart = [replace(rank, detail=own) for rank, own in zip(parts.ranks, details, strict=True)]
+            parts = replace(parts, ranks=tuple(apart))
         return _merged(parts, holds, totals)
 
     def _worker_tokens(self) -> npt.NDArray[np.int64]:
@@ -331,6 +335,14 @@ def _merged(parts: Snapshot, holds: list[merge.Part], totals: list[merge.Part]) 
         high_water=np.maximum(parts.high_water, total.extrema.max(axis=0)),
         nonfinite=parts.nonfinite + total.sums[merge.NONFINITE],
     )
+
+
+def _detail(rank: merge.RankState, hold: merge.Part, total: merge.Part) -> RankDetail:
+    num_sites = len(rank.layout.sites)
+    own, ever = (merge.merge_ranks([replace(part, index=slice(None))], num_sites) for part in (hold, total))
+    nonfinite = ever.sums[merge.NONFINITE]
+    seen = np.isfinite(ever.absmax) | (nonfinite > 0)
+    return RankDetail(sites=rank.layout.sites, absmax=own.absmax, nonfinite=np.where(seen, nonfinite, np.nan))
 
 
 def _rank_snapshot(rank: merge.RankState) -> RankSnapshot:
