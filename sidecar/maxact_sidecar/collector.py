@@ -177,6 +177,10 @@ def _nonfinite(snapshot: Snapshot) -> Floats:
     return np.where(seen, snapshot.nonfinite, np.nan)
 
 
+def _counts(snapshot: Snapshot, counts: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Floats:
+    return np.where(snapshot.counted, counts, np.nan)
+
+
 _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
     "maxact_absmax": lambda snapshot: snapshot.hold.absmax,
     "maxact_absmax_high_water": lambda snapshot: snapshot.high_water,
@@ -187,6 +191,10 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
     "maxact_crest_ratio": lambda snapshot: snapshot.hold.crest_ratio,
     "maxact_int8_zeroed_ratio": lambda snapshot: snapshot.int8_zeroed_ratio,
     "maxact_int8_sqnr_db": lambda snapshot: snapshot.int8_sqnr_db,
+    "maxact_saturation_ratio": lambda snapshot: np.where(snapshot.counted, snapshot.hold.saturation_ratio, np.nan),
+    "maxact_saturated_total": lambda snapshot: _counts(snapshot, snapshot.total.counts[..., stats.SATURATED]),
+    "maxact_zeroed_total": lambda snapshot: _counts(snapshot, snapshot.total.counts[..., stats.ZEROED]),
+    "maxact_scaled_elements_total": lambda snapshot: _counts(snapshot, snapshot.total.elements),
     "maxact_nonfinite_tokens_total": _nonfinite,
     "maxact_headroom_ratio": lambda snapshot: snapshot.headroom_ratio,
     "maxact_headroom_limit": lambda snapshot: np.where(snapshot.judged, snapshot.limit, np.nan),
@@ -219,6 +227,8 @@ def _engine_values(name: str, snapshot: Snapshot) -> tuple[list[str], Floats]:
             return ranks, np.array([float(rank.connected) for rank in snapshot.ranks])
         case "maxact_rank_last_window_timestamp_seconds":
             return ranks, np.array([rank.last_window_seconds or np.nan for rank in snapshot.ranks])
+        case "maxact_cached_tokens_total":
+            return [engine], np.array([float(snapshot.cached_tokens)])
         case "maxact_windows_total":
             return [engine], np.array([float(snapshot.windows)])
         case "maxact_windows_coalesced_total":

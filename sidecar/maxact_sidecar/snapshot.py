@@ -74,6 +74,8 @@ class Snapshot:
     """Per phase, over restarts."""
     worker_tokens: tuple[int, ...]
     """Per phase, since the workers started."""
+    cached_tokens: int
+    """Taken from the prefix cache since the workers started: never computed, so in no other number."""
     windows: int
     coalesced: int
     ranks: tuple[RankSnapshot, ...]
@@ -101,6 +103,13 @@ class Snapshot:
         elements = self.hold.elements.sum(axis=0)
         power = self.hold.sums[merge.SQUARES].sum(axis=0) / np.where(elements > 0, elements, np.nan)
         return resolution.sqnr_db(power, resolution.noise_power(self.histogram, self.absmax / resolution.INT8_QMAX))
+
+    @property
+    def counted(self) -> npt.NDArray[np.bool_]:
+        """``[P, S]``: where elements that a static scale saturates and zeroes are counted."""
+        scaled = np.array([site.limit is not None for site in self.sites])
+        counted: npt.NDArray[np.bool_] = (self.total.elements > 0) & scaled
+        return counted
 
     @property
     def headroom_ratio(self) -> npt.NDArray[np.float64]:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,10 @@ def test_promtool_finds_nothing_to_say_about_the_metrics(patient_sidecar: Sideca
 
 
 def test_every_family_of_the_catalogue_appears_with_its_labels(patient_sidecar: Sidecar) -> None:
-    worker = patient_sidecar.connect()
-    worker.send([1.5, 6e4, 3.25], histogram=np.ones((len(SITES), stats.NUM_BINS), np.float32))
+    scaled = tuple(replace(site, limit=4.0) if site.name == "down_proj_input" else site for site in SITES)
+    worker = patient_sidecar.connect(layout(sites=scaled))
+    counts = np.ones((len(stats.PHASES), len(SITES), len(stats.COUNTS)), np.int64)
+    worker.send([1.5, 6e4, 3.25], histogram=np.ones((len(SITES), stats.NUM_BINS), np.float32), counts=counts)
     card = patient_sidecar.get("card")
     httpx.post(f"{patient_sidecar.url}/api/v1/cards", json=card).raise_for_status()
     text = patient_sidecar.scrape()
