@@ -84,6 +84,25 @@ class Int8Hooks(RawHooks):
         np.savez(path, **costs)
 
 
+class ScaledHooks(RawHooks):
+    """Quantizes every tensor that has a static INT-8 scale; writes how many elements that saturates and zeroes."""
+
+    def __init__(self, scales: dict[str, float]) -> None:
+        super().__init__()
+        self._scales = scales
+        self.counts = {name: np.zeros(2, np.int64) for name in scales}
+
+    def _keep(self, name: str, x: Any) -> None:
+        if name in self._scales:
+            steps = (x.float() / self._scales[name]).round()
+            beyond = x.float().abs() > 127 * self._scales[name]
+            self.counts[name] += np.array([beyond.sum(), (steps == 0).sum()])
+
+    def save(self, path: str) -> None:
+        """Write the counts of all steps."""
+        np.savez(path, **self.counts)
+
+
 def main(spec_path: str, out_path: str) -> None:
     """Serve the batches of a spec, one after another."""
     spec = json.loads(Path(spec_path).read_text())
@@ -92,8 +111,8 @@ def main(spec_path: str, out_path: str) -> None:
     started = time.monotonic()
     llm = LLM(**spec["llm"])
     print(f"engine up in {time.monotonic() - started:.1f} s", flush=True)
-    raw = Int8Hooks() if spec.get("int8") else RawHooks()
-    if spec.get("raw") or spec.get("int8"):
+    raw = Int8Hooks() if spec.get("int8") else ScaledHooks(spec["scales"]) if "scales" in spec else RawHooks()
+    if spec.get("raw") or spec.get("int8") or "scales" in spec:
         llm.apply_model(raw.install)
     time.sleep(spec.get("idle_seconds", 0))
     for batch in spec["batches"]:
