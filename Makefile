@@ -6,7 +6,7 @@ JOBS ?= $(if $(shell command -v nvidia-smi),1,2)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check setup proto dashboards e2e-alert bench-overhead bench-sidecar architectures clean
+.PHONY: help demo test check setup proto dashboards metrics-page e2e-alert bench-overhead bench-sidecar architectures clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -34,6 +34,9 @@ proto: setup ## generate protos/maxact_proto/v1/*_pb2* from telemetry.proto
 
 dashboards: setup ## generate grafana/dashboards/*.json
 	$(BIN)/python -W ignore::DeprecationWarning -m grafana.build
+
+metrics-page: setup ## generate docs/metrics.md
+	$(BIN)/python scripts/metrics_page.py
 
 e2e-alert: setup ## from a prompt to a notification: vLLM, sidecar, Prometheus, Alertmanager, webhook
 	PYTHONPATH=. $(BIN)/python scripts/e2e_alert.py

@@ -88,12 +88,17 @@ def _rejected() -> Any:
     text = Text(
         id=13,
         title="Messages rejected, state not written, per second",
-        description="Messages that broke a limit of the wire, by reason. Without data: none were.",
+        description="Messages that broke a limit of the wire, by reason; windows that came twice, merged once.",
         unit="cps",
     )
     rate = f"sum by (reason) (rate({select('maxact_windows_rejected_total', 'target')}[{_RATE}]))"
     unwritten = f"sum by (instance) (rate({select('maxact_state_errors_total', 'target')}[{_RATE}]))"
-    queries = [Query(expr=rate, legend="{{reason}}"), Query(expr=unwritten, legend="state not written at {{instance}}")]
+    repeated = f"sum by (instance) (rate({select('maxact_windows_repeated_total', 'target')}[{_RATE}]))"
+    queries = [
+        Query(expr=rate, legend="{{reason}}"),
+        Query(expr=unwritten, legend="state not written at {{instance}}"),
+        Query(expr=repeated, legend="came twice at {{instance}}"),
+    ]
     return lines(text, queries)
 
 
@@ -110,14 +115,23 @@ def _cost() -> Any:
     text = Text(
         id=16,
         title="Busy share of a core",
-        description="Seconds per second that sidecars spend on merging windows and on rendering scrapes.",
+        description="Seconds per second that sidecars spend on merging windows, on rendering scrapes, and on all.",
         unit="percentunit",
     )
     queries = [
         Query(expr=f"sum(rate({select(f'maxact_{name}_seconds_sum', 'target')}[{_RATE}]))", legend=name)
         for name in ("ingest", "render")
     ]
-    return lines(text, queries)
+    whole = f"rate({select('process_cpu_seconds_total', 'target')}[{_RATE}])"
+    sidecars = f"{whole} and on (job, instance) {select('maxact_engines', 'target')}"
+    return lines(text, [*queries, Query(expr=f"sum({sidecars})", legend="all")])
+
+
+def _memory() -> Any:
+    text = Text(id=21, title="Memory", description="Resident memory of each sidecar process.", unit="bytes")
+    resident = select("process_resident_memory_bytes", "target")
+    expr = f"{resident} and on (job, instance) {select('maxact_engines', 'target')}"
+    return lines(text, [Query(expr=expr, legend="{{instance}}")])
 
 
 def _series() -> Any:
@@ -168,11 +182,17 @@ def own() -> Any:
         14, "maxact_ingest_seconds", "Time to take in a window", "Time to decode, merge and judge one window."
     )
     render = _latency(15, "maxact_render_seconds", "Time to render a scrape", "Time to render one scrape of /metrics.")
+    lag = _latency(
+        22,
+        "maxact_window_lag_seconds",
+        "Lag of windows",
+        "From the end of a window, by the worker's clock, until it was merged: the two clocks may differ.",
+    )
     panels = place(
         [
             (3, _stats()),
-            (8, [(_windows(), 8), (_coalesced(), 8), (_age(), 8)]),
-            (8, [(ingest, 8), (render, 8), (_cost(), 8)]),
+            (8, [(_windows(), 6), (_coalesced(), 6), (lag, 6), (_age(), 6)]),
+            (8, [(ingest, 6), (render, 6), (_cost(), 6), (_memory(), 6)]),
             (8, [(_series(), 8), (_scrape(), 8), (_rejected(), 8)]),
             (6, [(_up(), 12), (_versions(), 12)]),
         ]

@@ -52,9 +52,9 @@ class Sidecar:
         """JSON of an API path."""
         return httpx.get(f"{self.url}/api/v1/{path}", params=params).raise_for_status().json()
 
-    def scrape(self, accept: str = "") -> str:
+    def scrape(self, accept: str = "", **params: str) -> str:
         """The text of ``/metrics``."""
-        return httpx.get(f"{self.url}/metrics", headers={"accept": accept}).raise_for_status().text
+        return httpx.get(f"{self.url}/metrics", params=params, headers={"accept": accept}).raise_for_status().text
 
     def use_live_state_as_card(self) -> None:
         """Make what was seen so far the calibration card."""

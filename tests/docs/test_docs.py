@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import metrics_page
 import pytest
-from grafana.assets import DASHBOARDS, RECORDED
-from prometheus_client import Metric
+from grafana.assets import DASHBOARDS, RECORDED, TARGET_LABELS, catalogue, selectors
 
-from maxact_sidecar.families import FAMILIES, SelfMetrics
+from maxact_sidecar.families import DETAIL, FAMILIES, OWN, Family, SelfMetrics
 from maxact_vllm.plugin import add_flags
 
 ROOT = Path(__file__).parents[2]
@@ -41,25 +41,31 @@ def test_reading_a_page_asks_nobody_else(site: Path) -> None:
         assert fetched == [], page.name
 
 
-def row(name: str, kind: str, labels: tuple[str, ...], help: str) -> str:
-    return rf"\| `{name}` \| {kind} \| {', '.join(labels)} \| [a-zA-Z ]* \| {re.escape(help)} \|"
+def test_the_metrics_page_is_made_from_the_catalogue() -> None:
+    assert (DOCS / "metrics.md").read_text() == metrics_page.render(), "run: make metrics-page"
 
 
-def test_the_metrics_page_is_the_catalogue() -> None:
-    text = (DOCS / "metrics.md").read_text()
-    rows = [row(family.name, family.type, family.labels, family.help) for family in FAMILIES]
+@pytest.mark.parametrize("family", [*FAMILIES, *DETAIL, *OWN], ids=lambda family: family.name)
+def test_the_query_beside_a_metric_reads_it_and_labels_that_exist(family: Family) -> None:
+    known = catalogue() | {each.name: {*each.labels, *TARGET_LABELS} for each in DETAIL}
+    found = selectors(family.example)
+    assert family.name in {re.sub("_(bucket|sum|count)$", "", name) for name, _ in found}
+    for name, matchers in found:
+        assert set(matchers) <= known[name], name
+
+
+def test_what_is_said_of_the_sidecar_itself_is_what_it_exposes() -> None:
     metrics = SelfMetrics()
     metrics.windows_rejected.labels(reason="x")
-    rows += [own_row(family) for family in metrics.registry.collect()]
-    for pattern in rows:
-        assert re.search(pattern, text), pattern
-    assert len(re.findall(r"^\| `maxact_", text, re.MULTILINE)) == len(rows)
-
-
-def own_row(family: Metric) -> str:
-    name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
-    labels = tuple(sorted({label for sample in family.samples for label in sample.labels} - {"le"}))
-    return row(name, family.type, labels, family.documentation)
+    exposed = {
+        family.name + {"counter": "_total", "info": "_info"}.get(family.type, ""): (family.type, family.documentation)
+        for family in metrics.registry.collect()
+    }
+    own = {name: exposed[name] for name in exposed if name.startswith("maxact_")}
+    assert own == {family.name: (family.type, family.help) for family in OWN}
+    assert {name: kind for name, (kind, _) in exposed.items() if name not in own} == {
+        name: kind for name, (kind, _) in metrics_page.PROCESS.items()
+    }
 
 
 def test_the_metrics_page_names_every_recorded_series() -> None:

@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from workers import MODEL, SITES, Worker, layout, window
 
 from maxact_proto import stats
-from maxact_sidecar.families import FAMILIES, PHASED
+from maxact_sidecar.families import DETAIL, FAMILIES, OWN, PHASED
 
 GOLDEN = Path(__file__).with_name("metrics.txt")
 
@@ -61,28 +61,74 @@ def test_prometheus_own_parsers_read_every_series(patient_sidecar: Sidecar, acce
     assert {sample.labels["phase"]: sample.value for sample in families["maxact_tokens"].samples}["prefill"] == 4
 
 
-@pytest.mark.server
-def test_promtool_finds_nothing_to_say_about_the_metrics(patient_sidecar: Sidecar) -> None:
-    patient_sidecar.connect().send([1.5, 2e4, 3.25])
-    linted = subprocess.run(
-        ["promtool", "check", "metrics"], input=patient_sidecar.scrape(), capture_output=True, text=True
-    )
-    assert (linted.returncode, linted.stderr) == (0, "")
-
-
-def test_every_family_of_the_catalogue_appears_with_its_labels(patient_sidecar: Sidecar) -> None:
+@pytest.fixture
+def busy_sidecar(patient_sidecar: Sidecar) -> Sidecar:
+    """One whose scrape has every family: two ranks, odd names, scales, a histogram, a card, a raised flag, a refusal."""
     scaled = tuple(replace(site, limit=4.0) if site.name == "down_proj_input" else site for site in SITES)
-    worker = patient_sidecar.connect(layout(sites=scaled))
+    histogram = np.ones((len(SITES), stats.NUM_BINS), np.float32)
     counts = np.ones((len(stats.PHASES), len(SITES), len(stats.COUNTS)), np.int64)
-    worker.send([1.5, 6e4, 3.25], histogram=np.ones((len(SITES), stats.NUM_BINS), np.float32), counts=counts)
-    card = patient_sidecar.get("card")
-    httpx.post(f"{patient_sidecar.url}/api/v1/cards", json=card).raise_for_status()
-    text = patient_sidecar.scrape()
-    for family in FAMILIES:
-        lines = [line for line in text.splitlines() if line.startswith((f"{family.name}{{", f"{family.name} "))]
-        assert lines, family.name
-        for label in family.labels:
-            assert any(f'{label}="' in line for line in lines), (family.name, label)
+    own = layout(model='odd "model"\\path\n%s', sites=scaled, tp_size=2)
+    for rank, peaks in enumerate(([1.5, 6e4, 3.25], [1.5, 6e4, 7.0])):
+        worker = patient_sidecar.connect(replace(own, tp_rank=rank))
+        worker.send(peaks, histogram=histogram, counts=counts)
+    patient_sidecar.use_live_state_as_card()
+    with pytest.raises(grpc.RpcError):
+        worker.send_raw(window(2, 1.0, layout_id=99))
+    return patient_sidecar
+
+
+@pytest.mark.parametrize(
+    ("accept", "parse"),
+    [("text/plain", parse_text), ("application/openmetrics-text; version=1.0.0", parse_openmetrics)],
+)
+def test_a_scrape_of_everything_is_valid_in_both_formats(busy_sidecar: Sidecar, accept: str, parse: Any) -> None:
+    families = {family.name: family for family in parse(busy_sidecar.scrape(accept, detail="rank"))}
+    for family in (*FAMILIES, *DETAIL, *OWN):
+        named = family.name.removesuffix("_total").removesuffix("_info")
+        read = families.get(family.name) or families[named]
+        assert read.samples, family.name
+        if family.type != "info":
+            assert read.type == family.type
+        assert {label for sample in read.samples for label in sample.labels} - {"le"} == set(family.labels)
+    labels = [sample.labels for family in families.values() for sample in family.samples]
+    assert {each["model_name"] for each in labels if "model_name" in each} == {'odd "model"\\path\n%s'}
+    assert not [name for name in families if name.endswith("_created")]
+
+
+def test_the_ranks_of_a_scrape_in_detail_are_told_apart(busy_sidecar: Sidecar) -> None:
+    assert "maxact_rank_absmax{" not in busy_sidecar.scrape()
+    [family] = [
+        family for family in parse_text(busy_sidecar.scrape(detail="rank")) if family.name == "maxact_rank_absmax"
+    ]
+    absmax = {(sample.labels["rank"], sample.labels["site"]): sample.value for sample in family.samples}
+    assert absmax == {
+        **{("pp0tp0", "embedding"): 1.5, ("pp0tp0", "hidden"): 6e4, ("pp0tp0", "down_proj_input"): 3.25},
+        **{("pp0tp1", "embedding"): 1.5, ("pp0tp1", "hidden"): 6e4, ("pp0tp1", "down_proj_input"): 7.0},
+    }
+    assert httpx.get(f"{busy_sidecar.url}/metrics", params={"detail": "site"}).status_code == 422
+
+
+def test_lag_and_repeated_windows_are_measured(sidecar: Sidecar) -> None:
+    worker = sidecar.connect()
+    now = time.time()
+    worker.send(1.0, start_seconds=now - 4, end_seconds=now - 3)
+    worker.send(1.0, start_seconds=now + 3600, end_seconds=now + 3601)  # a clock that is ahead
+    again = window(2, 1.0, layout_id=worker.layout_id)
+    worker.send_raw(again)
+    samples = {line.split()[0]: float(line.split()[1]) for line in sidecar.scrape().splitlines() if line[0] != "#"}
+    assert samples["maxact_window_lag_seconds_count"] == 2
+    assert samples['maxact_window_lag_seconds_bucket{le="0.005"}'] == 1
+    assert 3 <= samples["maxact_window_lag_seconds_sum"] < 10
+    assert samples["maxact_windows_repeated_total"] == 1
+    assert samples["maxact_ingest_seconds_count"] == 3
+    assert samples["process_resident_memory_bytes"] > 2**24
+
+
+@pytest.mark.server
+def test_promtool_finds_nothing_to_say_about_the_metrics(busy_sidecar: Sidecar) -> None:
+    text = busy_sidecar.scrape(detail="rank")
+    linted = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+    assert (linted.returncode, linted.stderr) == (0, "")
 
 
 def test_a_scrape_is_compressed_for_those_who_ask(sidecar: Sidecar) -> None:
