@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
-from maxact_proto import stats
+from maxact_proto import stats, wire
 from maxact_sidecar import merge
 from maxact_sidecar.config import CardSource, describe
 from maxact_sidecar.snapshot import SiteKey, Snapshot
@@ -48,7 +48,7 @@ class CardSite(BaseModel):
 
     layer: NonNegativeInt | None
     """None for embedding and final_norm."""
-    site: Annotated[str, AfterValidator(_known_site)]
+    site: Annotated[str, AfterValidator(_known_site), Field(json_schema_extra={"enum": list(stats.SITES)})]
     phase: Literal["first", "prefill", "decode"]
     width: int = Field(gt=0)
     """Elements per token, all shards."""
@@ -69,7 +69,7 @@ class Card(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, serialize_by_alias=True, validate_by_name=True)
 
     schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
-    model: str = Field(min_length=1)
+    model: str = Field(min_length=1, max_length=wire.MAX_STRING)
     model_type: str
     engine: str | None
     """None where several engines were merged."""

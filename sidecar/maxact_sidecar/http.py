@@ -16,6 +16,7 @@ from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.datastructures import Headers
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maxact_sidecar import __version__, api
@@ -53,6 +54,7 @@ def make_app(fleet: Fleet, collector: Collector, gate: Gate) -> FastAPI:
     if not gate.is_open:
         app.add_middleware(_Guard, gate=gate)
     app.add_exception_handler(RequestValidationError, _explain)
+    app.add_exception_handler(405, _name_methods)
     page = resources.files("maxact_sidecar").joinpath("page/index.html").read_text()
 
     @app.get("/", include_in_schema=False)
@@ -189,3 +191,10 @@ async def _explain(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     problems = [{name: problem[name] for name in ("type", "loc", "msg")} for problem in error.errors()]
     return JSONResponse({"detail": problems}, 422)
+
+
+async def _name_methods(request: Request, _: Exception) -> JSONResponse:
+    """405 with every method of the path; by itself Starlette names those of one route."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = sorted({method for route in routes for method in route.methods})
+    return JSONResponse({"detail": "Method Not Allowed"}, 405, {"Allow": ", ".join(methods)})

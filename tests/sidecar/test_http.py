@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
-from processes import Sidecar
-from workers import MODEL, WIDTH, layout
+from processes import Sidecar, program
+from workers import MODEL, SITES, WIDTH, layout
+
+from maxact_proto import stats
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,25 @@ def test_the_api_describes_itself_without_a_documentation_page(served: Sidecar) 
     paths = httpx.get(f"{served.url}/openapi.json").json()["paths"]
     assert {"/metrics", "/-/healthy", "/-/ready", "/api/v1/models", "/api/v1/cards", "/api/v1/card"} <= set(paths)
     assert httpx.get(f"{served.url}/docs").status_code == 404
+
+
+def test_it_answers_everything_that_its_openapi_document_allows_as_that_says(tmp_path: Path) -> None:
+    sidecar = Sidecar(tmp_path / "log", "--hold", "600")
+    try:
+        histogram = np.ones((len(SITES), stats.NUM_BINS), np.float32)
+        for engine in ("0", "1"):
+            sidecar.connect(layout(engine=engine, instance=engine)).send([1.0, 6e4, 3.0], histogram=histogram)
+        sidecar.use_live_state_as_card()
+        document = f"{sidecar.url}/openapi.json"
+        operations = sum(len(methods) for methods in httpx.get(document).json()["paths"].values())
+        command = [program("schemathesis"), "run", document, "--checks", "all", "--generation-deterministic"]
+        # What is asked does not depend on chance, how often on the pace of the machine.
+        command += ["--phases", "coverage,fuzzing", "--max-time", "20", "--suppress-health-check", "all"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"Tested: {operations}\n" in done.stdout
+    finally:
+        sidecar.stop()
 
 
 @pytest.mark.parametrize("path", ["/-/healthy", "/-/ready"])

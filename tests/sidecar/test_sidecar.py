@@ -63,7 +63,7 @@ def test_prometheus_own_parsers_read_every_series(patient_sidecar: Sidecar, acce
 
 @pytest.fixture
 def busy_sidecar(patient_sidecar: Sidecar) -> Sidecar:
-    """One whose scrape has every family: two ranks, odd names, scales, a histogram, a card, a raised flag, a refusal."""
+    """One whose scrape has every family: two ranks, odd names, scales, a histogram, a card, a flag, a refusal."""
     scaled = tuple(replace(site, limit=4.0) if site.name == "down_proj_input" else site for site in SITES)
     histogram = np.ones((len(SITES), stats.NUM_BINS), np.float32)
     counts = np.ones((len(stats.PHASES), len(SITES), len(stats.COUNTS)), np.int64)
