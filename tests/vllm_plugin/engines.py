@@ -54,6 +54,20 @@ def run_engine(spec: dict[str, Any], folder: Path, **environ: str) -> Run:
             return Run(listening.receiver, dict(raw), log)
 
 
+def probe(model: Path, additional: dict[str, Any], change: str = "", **environ: str) -> tuple[dict[str, Any], str]:
+    """Run `run_probe.py`: what it found, and the log."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("run_probe.py"), model, json.dumps(additional), change],
+        env={**os.environ, **ENVIRON, **environ},
+        capture_output=True,
+        text=True,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log[-3000:]
+    [line] = [line for line in log.splitlines() if line.startswith("FOUND ")]
+    return json.loads(line.removeprefix("FOUND ")), log
+
+
 def run_interpreted(script: str) -> str:
     """Run a program under Triton's interpreter that compares a kernel with its reference; what it printed."""
     pytest.importorskip("triton", reason="torch for CPU brings no Triton on this platform")

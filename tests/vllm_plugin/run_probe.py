@@ -1,6 +1,6 @@
 """Run as a program: what maxact left in a process after an in-process engine served; one JSON line.
 
-``run_probe.py MODEL ADDITIONAL_CONFIG_JSON``
+``run_probe.py MODEL ADDITIONAL_CONFIG_JSON [CHANGE]``: ``CHANGE`` of `changes.CHANGES` is made to vLLM first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 import sys
 import threading
 from typing import Any
+
+from changes import CHANGES
 
 
 def count_hooks(model: Any) -> int:
@@ -22,9 +24,20 @@ def count_buffers(model: Any) -> int:
     return sum("_maxact_" in name for name, _ in model.named_buffers())
 
 
-def main(model: str, additional: str) -> None:
+def ours(owner: Any) -> list[str]:
+    """Names of an object or a class that lead into maxact's code."""
+    found = {name: getattr(value, "__func__", value) for name, value in vars(owner).items()}
+    codes = {name: value.__code__ for name, value in found.items() if hasattr(value, "__code__")}
+    return sorted(name for name, code in codes.items() if "/maxact_vllm/" in code.co_filename)
+
+
+def main(model: str, additional: str, change: str = "") -> None:
     """Serve one request, then look around."""
+    if change:
+        CHANGES[change].make()
     from vllm import LLM, SamplingParams, TokensPrompt
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     llm = LLM(
@@ -36,17 +49,19 @@ def main(model: str, additional: str) -> None:
         additional_config=json.loads(additional),
     )
     sampling = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False)
-    llm.generate([TokensPrompt(prompt_token_ids=[1, 2, 3])], sampling, use_tqdm=False)
+    [served] = llm.generate([TokensPrompt(prompt_token_ids=[1, 2, 3])], sampling, use_tqdm=False)
     engine = llm.llm_engine.engine_core.engine_core
     worker = engine.model_executor.driver_worker.worker
     found = {
-        "hooks": llm.apply_model(count_hooks)[0],
-        "buffers": llm.apply_model(count_buffers)[0],
+        "served": len(served.outputs[0].token_ids),
+        "hooks": count_hooks(worker.model_runner.model),
+        "buffers": count_buffers(worker.model_runner.model),
         "threads": sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("maxact")),
         "modules": sorted(name for name in sys.modules if name.startswith("maxact")),
         "grpc": sorted(name for name in sys.modules if name.partition(".")[0] == "grpc"),
-        "wrapped": sorted({"load_model", "execute_model"} & set(vars(worker.model_runner))),
-        "patched": hasattr(WorkerWrapperBase.init_device, "__wrapped__"),
+        "wrapped": sorted(ours(worker) + ours(worker.model_runner)),
+        "patched": sorted(ours(EngineArgs) + ours(VllmConfig) + ours(WorkerWrapperBase)),
+        "cache_key": getattr(llm.llm_engine.vllm_config, "compute_hash", str)(),
     }
     print("FOUND " + json.dumps(found), flush=True)
 

@@ -35,7 +35,6 @@ def test_plugin_maxact_carries_complete_settings_beside_what_others_put_there() 
         "sites": "serving",
         "interval": 0.5,
         "engine": "",
-        "version": "0.1.0",
     }
 
 

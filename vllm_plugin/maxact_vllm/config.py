@@ -6,25 +6,31 @@ key: an artefact compiled with other sites, or without maxact, is never reused.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Final
 
-import maxact_vllm
+import maxact_proto
 
 PRESETS: Final[Mapping[str, frozenset[str] | None]] = {
     "serving": frozenset(
         {"embedding", "hidden", "attn_input", "o_proj_input", "mlp_input", "down_proj_input", "final_norm"}
     ),
-    "paper": frozenset({"embedding", "hidden", "attn_output", "mlp_output", "final_norm"}),
+    "paper": frozenset({"embedding", "hidden", "attn_output", "mlp_output", "mlp_gate", "router_logits", "final_norm"}),
     "all": None,
 }
 """Site names of each preset; None: every site. `serving` is what W8A8 quantizes plus the residual stream."""
 
 KEY: Final = "maxact"
 """Key in vLLM's ``additional_config``."""
+
+BESIDE_THE_GRAPH: Final = frozenset({"endpoint", "interval", "engine"})
+"""Settings that do not change what is compiled. Any other one does, as far as the compile-cache key can tell."""
 
 
 class SettingsError(ValueError):
@@ -57,7 +63,7 @@ class Settings:
         Raises `SettingsError` for an unknown key or a value that cannot work.
         """
         names = [field.name for field in fields(cls)]
-        unknown = sorted(set(mapping) - set(names) - {"version"})
+        unknown = sorted(set(mapping) - set(names))
         if unknown:
             raise SettingsError(f"maxact: unknown setting {unknown[0]!r}; known are {', '.join(names)}")
         given = {name: mapping[name] for name in names if mapping.get(name) is not None}
@@ -69,8 +75,8 @@ class Settings:
             raise SettingsError(f"maxact: {error}") from error
 
     def to_mapping(self) -> dict[str, Any]:
-        """What travels in ``additional_config["maxact"]``: JSON values, with the version for the compile-cache key."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"version": maxact_vllm.__version__}
+        """What travels in ``additional_config["maxact"]``: JSON values."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def wants(self, layer: int | None, site: str) -> bool:
         """Whether the site is to be observed."""
@@ -78,6 +84,35 @@ class Settings:
             names = PRESETS[self.sites]
             return names is None or site in names
         return re.search(self.sites, site if layer is None else f"layers.{layer}.{site}") is not None
+
+
+def graph_key(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of ``additional_config["maxact"]`` belongs into vLLM's compile-cache key: what decides the graph."""
+    return {name: value for name, value in given.items() if name not in BESIDE_THE_GRAPH} | {"build": _build()}
+
+
+@functools.cache
+def _build() -> str:
+    """Digest of the code that decides which operations enter a graph.
+
+    vLLM compares the files that Dynamo went through, which those that choose the sites are not among.
+    """
+    digest = hashlib.sha256(maxact_proto.__version__.encode())
+    for folder in (Path(__file__).parent, Path(maxact_proto.__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def disown(vllm_config: Any) -> None:
+    """Nothing of ours is in the graph that is compiled next: it is vLLM's own, and so is its compile-cache key."""
+    additional = vllm_config.additional_config or {}
+    vllm_config.additional_config = {name: value for name, value in additional.items() if name != KEY}
+
+
+def spoil(vllm_config: Any) -> None:
+    """Part of what is ours may be in the graph that is compiled next: a compile-cache key that is never met again."""
+    vllm_config.additional_config = {**(vllm_config.additional_config or {}), KEY: {"spoilt": os.urandom(8).hex()}}
 
 
 def _from_environ() -> dict[str, Any]:

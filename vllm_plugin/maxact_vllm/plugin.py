@@ -2,34 +2,49 @@
 
 Runs in every vLLM process, before the parser is filled. Flags end in ``additional_config["maxact"]``, which vLLM
 carries to spawned workers by itself. A worker whose configuration lacks that key is left untouched.
+
+Where vLLM is not as `canary` wants it, the flags are still taken, so that a command line which served yesterday serves
+today; the key is then left out, no worker is looked at, and one line says why.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import multiprocessing
 import os
 from typing import Any
 
-from maxact_vllm import compat, logger
-from maxact_vllm.config import KEY, Settings, SettingsError, number
+from maxact_vllm import canary, logger
+from maxact_vllm.config import KEY, Settings, SettingsError, graph_key, number
 
 _installed = False
+_fault = ""
+"""Why nothing will be observed with this vLLM."""
 
 
 def install() -> None:
-    """Wrap what `compat.canary` found intact. Idempotent."""
-    global _installed
+    """Wrap what `canary` found intact. Idempotent."""
+    global _installed, _fault
     if _installed:
         return
     _installed = True
-    problem = compat.canary()
-    if problem:
-        logger.warning("maxact stays out of the way: %s", problem)
+    door, _fault = canary.at_registration()
+    if door:
+        _say(f"maxact stays out of the way, flags included: {door}")
         return
     _wrap_engine_args()
-    _wrap_compute_hash()
-    _wrap_worker()
+    if not _fault:
+        _wrap_compute_hash()
+        _wrap_worker()
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """One line per start: not again, and not in the processes that vLLM's first one starts."""
+    if multiprocessing.parent_process() is None:
+        logger.warning(text)
 
 
 def _wrap_engine_args() -> None:
@@ -133,11 +148,18 @@ def complete(engine_args: Any) -> None:
     given = additional.get(KEY) or {}
     if not isinstance(given, dict):
         raise SettingsError(f'additional_config["maxact"]: {given!r} is not a mapping of settings')
-    engine_args.additional_config = {**additional, KEY: Settings.from_mapping(given).to_mapping()}
+    settings = Settings.from_mapping(given)
+    if _fault:
+        _say(f"maxact stays out of the way, serving goes on unobserved: {_fault}")
+        engine_args.additional_config = {name: value for name, value in additional.items() if name != KEY}
+        return
+    if untried := canary.untried():
+        _say(untried)
+    engine_args.additional_config = {**additional, KEY: settings.to_mapping()}
 
 
 def _wrap_compute_hash() -> None:
-    """Leave out of vLLM's compile-cache key what changes no graph: a new endpoint must not compile the model again."""
+    """Into vLLM's compile-cache key comes what decides the graph, nothing else: a new endpoint must compile nothing."""
     from vllm.config import VllmConfig
 
     compute_hash = VllmConfig.compute_hash
@@ -145,13 +167,10 @@ def _wrap_compute_hash() -> None:
     @functools.wraps(compute_hash)
     def compute_hash_of_graph(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = self.additional_config
-        if not (isinstance(given, dict) and isinstance(given.get(KEY), dict)):
-            return compute_hash(self, *args, **kwargs)
-        self.additional_config = {**given, KEY: {name: given[KEY].get(name) for name in ("sites", "version")}}
-        try:
-            return compute_hash(self, *args, **kwargs)
-        finally:
-            self.additional_config = given
+        if isinstance(given, dict) and isinstance(given.get(KEY), dict):
+            self = copy.copy(self)
+            self.additional_config = {**given, KEY: graph_key(given[KEY])}
+        return compute_hash(self, *args, **kwargs)
 
     VllmConfig.compute_hash = compute_hash_of_graph
 
@@ -164,11 +183,18 @@ def _wrap_worker() -> None:
     @functools.wraps(init_device)
     def init_device_with_maxact(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = init_device(self, *args, **kwargs)
-        additional = getattr(self.vllm_config, "additional_config", None)
-        if isinstance(additional, dict) and KEY in additional:
-            from maxact_vllm import worker
-
-            worker.attach(self.worker, self.vllm_config, additional[KEY])
+        try:
+            _attach(self)
+        except Exception as error:
+            logger.warning("maxact does not observe this engine: %s: %s", type(error).__name__, error)
         return result
 
     WorkerWrapperBase.init_device = init_device_with_maxact
+
+
+def _attach(wrapper: Any) -> None:
+    additional = getattr(wrapper.vllm_config, "additional_config", None)
+    if isinstance(additional, dict) and KEY in additional:
+        from maxact_vllm import worker
+
+        worker.attach(wrapper.worker, wrapper.vllm_config, additional[KEY])
