@@ -16,8 +16,9 @@ from urllib.parse import urlencode
 import typer
 from pythonjsonlogger.json import JsonFormatter
 
+from maxact_sidecar.auth import read_tokens
 from maxact_sidecar.card import CardError, read_card
-from maxact_sidecar.client import ClientError, ask
+from maxact_sidecar.client import ClientError, Login, ask
 from maxact_sidecar.config import DEFAULT_HTTP, ConfigError, Settings
 from maxact_sidecar.configfile import read_settings
 
@@ -102,6 +103,8 @@ def card(
     engine: Annotated[str | None, typer.Option(metavar="E", help="Engine; all engines merged if omitted.")] = None,
     token_file: Annotated[Path | None, typer.Option(metavar="F", help="Bearer token for the sidecar.")] = None,
     ca: Annotated[Path | None, typer.Option(metavar="PEM", help="Authority of the sidecar's certificate.")] = None,
+    cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate to show the sidecar.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="Its key, where it is in another file.")] = None,
 ) -> None:
     """Save the live state of a sidecar as a calibration card, or load a card into it.
 
@@ -110,10 +113,10 @@ def card(
     if (output is None) == (load is None):
         fail("give either --output F (save the live state) or --load F (judge against a card)")
     try:
-        token = token_file.read_text().split()[0] if token_file else None
-    except (OSError, UnicodeDecodeError, IndexError):
-        fail(f"--token-file: {token_file} cannot be read, or holds no token")
-    call = partial(_ask, url, token=token, ca=ca)
+        token = read_tokens(token_file)[0] if token_file else None
+    except ConfigError as error:
+        fail(f"--token-file: {error}")
+    call = partial(_ask, url, Login(token, ca, cert, key))
     if output is not None:
         _save(call, output, model, engine)
     elif load is not None:
@@ -142,9 +145,9 @@ def _load(call: Callable[..., Any], path: Path, add: bool) -> None:
     typer.echo(f"{path}: {loaded['model']}, {loaded['sites']} sites are judged against it")
 
 
-def _ask(url: str, path: str, body: bytes | None = None, *, token: str | None, ca: Path | None) -> Any:
+def _ask(url: str, login: Login, path: str, body: bytes | None = None) -> Any:
     try:
-        return ask(url, path, body, token=token, ca=ca)
+        return ask(url, path, body, login)
     except ClientError as error:
         fail(str(error))
 

@@ -137,10 +137,18 @@ class Settings(BaseModel):
     def _refuse_half_of_tls(self) -> Settings:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert: certificate and key are needed together, tls_cert and tls_key")
-        for name in ("grpc_client_ca", "http_client_ca"):
+        for name, address in (("grpc_client_ca", self.grpc), ("http_client_ca", self.http)):
             if getattr(self, name) and self.tls_cert is None:
                 raise ValueError(f"{name}: needs TLS, tls_cert and tls_key")
+            if getattr(self, name) and address.path:
+                raise ValueError(f"{name}: there is no TLS on {address}, where only this user can connect")
         return self
+
+    @property
+    def secrets(self) -> dict[str, Path]:
+        """Files that nobody else should be able to read."""
+        names = ("tls_key", "grpc_token_file", "http_token_file", "http_users_file")
+        return {name: path for name in names if (path := getattr(self, name))}
 
     @model_validator(mode="after")
     def _refuse_open_addresses(self) -> Settings:

@@ -6,7 +6,6 @@ that windows go on being merged meanwhile: it works on snapshots. What changes s
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import re
 from importlib import resources
@@ -20,14 +19,15 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maxact_sidecar import __version__, api
-from maxact_sidecar.auth import Gate
+from maxact_sidecar.auth import Gate, TooManyLoginsError
 from maxact_sidecar.card import Card, CardError, LoadedCard, build_card
 from maxact_sidecar.collector import OPENMETRICS, TEXT, Collector
+from maxact_sidecar.config import Address, parse_address
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.ingest import clock
 from maxact_sidecar.snapshot import Snapshot
 
-_MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_BODY_BYTES = 64 * 1024 * 1024
 """20,000 sites x 3 phases of a card are about 15 MB."""
 
 _PAGE_HEADERS = {
@@ -47,12 +47,14 @@ Name = Annotated[str | None, Query(description="Name of the card in metrics; its
 Add = Annotated[bool, Query(description="Keep other cards of the model: the widest range of all counts")]
 
 
-def make_app(fleet: Fleet, collector: Collector, gate: Gate) -> FastAPI:
-    """The application."""
+def make_app(fleet: Fleet, collector: Collector, gate: Gate, address: Address) -> FastAPI:
+    """The application, as served at ``address``."""
     app = FastAPI(title="maxact sidecar", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(_BodyLimit)
     if not gate.is_open:
         app.add_middleware(_Guard, gate=gate)
+    elif address.is_local and not address.path:
+        app.add_middleware(_OwnNames)
     app.add_exception_handler(RequestValidationError, _explain)
     app.add_exception_handler(405, _name_methods)
     page = resources.files("maxact_sidecar").joinpath("page/index.html").read_text()
@@ -157,12 +159,42 @@ class _Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        header = Headers(scope=scope).get("authorization", "")
-        if scope["path"] in _PROBES or await asyncio.to_thread(self._gate.admits, header):
+        try:
+            passes = scope["path"] in _PROBES or await self._gate.admits(Headers(scope=scope).get("authorization", ""))
+        except TooManyLoginsError:
+            await JSONResponse({"detail": "too many logins at once"}, 429, {"Retry-After": "1"})(scope, receive, send)
+            return
+        if passes:
             await self._app(scope, receive, send)
         else:
             headers = {"WWW-Authenticate": self._gate.challenge}
             await JSONResponse({"detail": "log in first"}, 401, headers)(scope, receive, send)
+
+
+class _OwnNames:
+    """Where nobody logs in: refuses who does not call us by a name of the loopback.
+
+    A browser on this machine may be made to ask us by the page of somebody whose host name leads here (DNS rebinding).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        host = Headers(scope=scope).get("host", "localhost").lower()
+        if _is_loopback(host):
+            await self._app(scope, receive, send)
+        else:
+            detail = "here I am localhost; who comes by another name needs a token, see --http-token-file"
+            await JSONResponse({"detail": detail}, 403)(scope, receive, send)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return parse_address(host if re.search(r":\d+$", host) else f"{host}:0").is_local
+    except ValueError:
+        return False
 
 
 class _BodyLimit:
@@ -179,8 +211,8 @@ class _BodyLimit:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > _MAX_BODY_BYTES:
-                raise HTTPException(413, f"a card has at most {_MAX_BODY_BYTES} bytes")
+            if num_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, f"a card has at most {MAX_BODY_BYTES} bytes")
             return message
 
         await self._app(scope, receive_some, send)

@@ -60,9 +60,8 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
 
     async def Stream(self, requests: AsyncIterator[Any], context: Any) -> None:
         """One worker, from its layout to its end."""
-        if not self._gate.admits(dict(context.invocation_metadata()).get("authorization", "")):
-            self._metrics.windows_rejected.labels("authorization").inc()
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token of the sidecar's grpc_token_file is needed")
+        if not self._admits(context):
+            await self._refuse(context)
         if self._num_streams >= self._max_streams:
             self._metrics.windows_rejected.labels("max_streams").inc()
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_streams} streams are served already")
@@ -77,11 +76,20 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
         finally:
             self._num_streams -= 1
 
+    def _admits(self, context: Any) -> bool:
+        if self._gate.is_open:
+            return True
+        return self._gate.admits_token(dict(context.invocation_metadata()).get("authorization", ""))
+
+    async def _refuse(self, context: Any) -> None:
+        self._metrics.windows_rejected.labels("authorization").inc()
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token of the sidecar's grpc_token_file is needed")
+
     async def _serve(self, context: Any) -> None:
         try:
-            request = await asyncio.wait_for(context.read(), _LAYOUT_SECONDS)
+            request = await asyncio.wait_for(context.read(), LAYOUT_SECONDS)
         except TimeoutError:
-            raise wire.WireError("layout", f"did not come within {_LAYOUT_SECONDS:g} s") from None
+            raise wire.WireError("layout", f"did not come within {LAYOUT_SECONDS:g} s") from None
         if request is grpc.aio.EOF:
             return
         if not request.HasField("layout"):
@@ -105,6 +113,9 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
         accepted = pb.LayoutAccepted(layout_id=layout_id, last_sequence=rank.last_sequence)
         await context.write(pb.StreamResponse(layout_accepted=accepted))
         while (request := await context.read()) is not grpc.aio.EOF and rank.generation == generation:
+            # A stream lasts for weeks: one whose token was withdrawn ends with its next window.
+            if not self._admits(context):
+                await self._refuse(context)
             await context.write(self._merge(request, layout_id, engine, rank))
 
     def _merge(self, request: Any, layout_id: int, engine: Engine, rank: RankState) -> Any:
@@ -124,24 +135,33 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
         return pb.StreamResponse(window_ack=pb.WindowAck(sequence=window.sequence))
 
 
+HANDSHAKE_SECONDS: Final = 10.0
+IDLE_SECONDS: Final = 15.0
+LAYOUT_SECONDS: Final = 10.0
+SPARE_CONNECTIONS: Final = 64
+"""Beyond the streams that are served, so that one too many is told so rather than cut off."""
+
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second sidecar on the same port must fail, not share it in silence
     # A worker whose machine vanished closes nothing: ask, so that it counts as gone within 40 s.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Who connects and says nothing holds a connection no longer than this.
-    ("grpc.server_handshake_timeout_ms", 10_000),
+    # Who connects and says nothing holds a connection no longer than this, and neither who opens no stream.
+    ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_SECONDS * 1000)),
+    ("grpc.max_connection_idle_ms", int(IDLE_SECONDS * 1000)),
 )
-_LAYOUT_SECONDS: Final = 10.0
-_SPARE_CONNECTIONS: Final = 64
-"""Beyond the streams that are served, so that one too many is told so rather than cut off."""
+
+
+def most_connections(settings: Settings) -> int:
+    """Connections of workers that are let in."""
+    return settings.max_streams + SPARE_CONNECTIONS
 
 
 async def start_server(telemetry: Telemetry, settings: Settings, identity: Identity | None) -> tuple[Any, Address]:
     """The gRPC server and where it listens. Raises `ConfigError` where the address cannot be had."""
     address = settings.grpc
-    most = settings.max_streams + _SPARE_CONNECTIONS
+    most = most_connections(settings)
     options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most), ("grpc.max_concurrent_streams", most))
     server = grpc.aio.server(options=options)
     telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(telemetry, server)  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from maxact_sidecar.auth import make_gates
+from maxact_sidecar.auth import Gate, make_gates
 from maxact_sidecar.card import CardError, read_cards
 from maxact_sidecar.collector import Collector
 from maxact_sidecar.config import Address, ConfigError, Settings
@@ -22,13 +23,15 @@ from maxact_sidecar.families import SelfMetrics
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.headroom import MEANINGS
 from maxact_sidecar.http import make_app
-from maxact_sidecar.httpserver import HttpServer
-from maxact_sidecar.ingest import Telemetry, clock, start_server
+from maxact_sidecar.httpserver import MAX_CONNECTIONS, HttpServer
+from maxact_sidecar.ingest import Telemetry, clock, most_connections, start_server
 from maxact_sidecar.store import Store
 from maxact_sidecar.tls import make_identities
 
 _SETTLE_SECONDS = 1.0
 _GRACE_SECONDS = 0.5
+_OTHER_FILES = 128
+"""Beside connections: state, cards, what gRPC and Python hold open."""
 """For the window being merged: streams of workers never end by themselves, and what is not acknowledged comes again."""
 
 _RELOADED: Final = {"cards", "stale", "flag_hold", "max_series", *(f"{meaning}_threshold" for meaning in MEANINGS)}
@@ -54,6 +57,7 @@ async def serve(read: Callable[[], Settings]) -> None:
     """
     settings = read()
     metrics = SelfMetrics()
+    _allow_files(most_connections(settings) + MAX_CONNECTIONS)
     with contextlib.ExitStack() as stack:
         store = Store(settings.state, metrics) if settings.state else None
         if store:
@@ -67,20 +71,15 @@ async def _serve(settings: Settings, read: Callable[[], Settings], metrics: Self
     fleet.configure_cards(read_cards(settings.cards), clock())
     grpc_gate, http_gate = make_gates(settings)
     grpc_identity, http_identity = make_identities(settings)
-    for name, address, gate, identity in (
-        ("grpc", settings.grpc, grpc_gate, grpc_identity),
-        ("http", settings.http, http_gate, http_identity),
-    ):
-        if gate.is_open and not address.is_local and not (identity and identity.client_ca):
-            _log.warning("anybody who reaches it may use it server=%(server)s", {"server": name})
+    _warn_of_openings(settings, grpc_gate, http_gate)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: _reload(settings, read, fleet, collector))
     with _listening(settings.http) as (listener, http), _private_socket(settings.grpc):
+        http_server = HttpServer(make_app(fleet, collector, http_gate, settings.http), http_identity)
         grpc_server, grpc = await start_server(Telemetry(fleet, settings, metrics, grpc_gate), settings, grpc_identity)
-        http_server = HttpServer(make_app(fleet, collector, http_gate), None if settings.http.path else http_identity)
         http_task = asyncio.create_task(http_server.serve(sockets=[listener]))
         settle_task = asyncio.create_task(_settle(fleet, store, http_server, stop))
         page = str(http) if http.path else f"{'https' if http_identity else 'http'}://{http}"
@@ -93,6 +92,34 @@ async def _serve(settings: Settings, read: Callable[[], Settings], metrics: Self
         await http_task
         await settle_task
         await _remember(fleet, store)
+
+
+def _allow_files(num_connections: int) -> None:
+    """Let as many connections be open as are allowed in, where the system's first offer is smaller."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = num_connections + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    granted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    if granted < needed:
+        wanted = {"granted": granted, "needed": needed}
+        _log.warning("too few open files for max_streams granted=%(granted)d needed=%(needed)d", wanted)
+
+
+def _warn_of_openings(settings: Settings, grpc_gate: Gate, http_gate: Gate) -> None:
+    for name, address, gate, client_ca in (
+        ("grpc", settings.grpc, grpc_gate, settings.grpc_client_ca),
+        ("http", settings.http, http_gate, settings.http_client_ca),
+    ):
+        if gate.is_open and not address.is_local and not client_ca:
+            _log.warning("anybody who reaches it may use it server=%(server)s", {"server": name})
+        if not gate.is_open and not address.is_local and settings.tls_cert is None:
+            _log.warning("tokens and passwords cross the network unencrypted server=%(server)s", {"server": name})
+    for name, path in settings.secrets.items():
+        if path.stat().st_mode & stat.S_IROTH:
+            loose = {"setting": name, "file": str(path)}
+            _log.warning("every user of this machine can read it setting=%(setting)s file=%(file)s", loose)
 
 
 def _reload(started: Settings, read: Callable[[], Settings], fleet: Fleet, collector: Collector) -> None:
