@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,3 +31,16 @@ def smollm2() -> Path:
     from maxact_calibration import model
 
     return model.smollm2()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, random weights: for what does not depend on weights."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    script = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M, LlamaConfig as C; torch.manual_seed(0);"
+        "M.from_config(C(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,"
+        " num_key_value_heads=1, vocab_size=256)).bfloat16().save_pretrained(sys.argv[1])"
+    )
+    subprocess.run([sys.executable, "-c", script, folder], check=True, capture_output=True)
+    return folder

@@ -1,15 +1,22 @@
-"""The sidecar dies at random times under the plugin's own streams: no extremum is lost."""
+"""The sidecar dies at random times: no extremum is lost.
+
+Twice: under the plugin's own streams fed by the test, many windows a second to a killed and an undisturbed sidecar at
+once; and under a real vLLM engine, against the tensors themselves.
+"""
 
 from __future__ import annotations
 
 import random
 import sqlite3
+import subprocess
 import threading
 import time
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pytest
+from engines import NATIVE, results, start_engine
 from processes import Sidecar, wait_for
 from workers import SITES, layout, window
 
@@ -107,3 +114,70 @@ def wait_until_written(sidecar: Sidecar, state: Path) -> None:
             return shown == {absmax for (absmax,) in connection.execute("SELECT absmax FROM marks")}
 
     wait_for(is_written, 10)
+
+
+LENGTH, DECODED, NUM_BATCHES = 24, 12, 15
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(900)
+def test_killed_under_real_vllm_traffic_it_ends_with_the_extrema_of_the_tensors(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")  # noqa: T201
+    chance, tokens = random.Random(seed), np.random.default_rng(seed)
+    batch = {"max_tokens": DECODED}
+    spec = {
+        "llm": {"model": str(tiny_llama), "max_model_len": 128, "skip_tokenizer_init": True, **NATIVE},
+        "raw": True,
+        "batches": [batch | {"prompts": tokens.integers(0, 256, (4, LENGTH)).tolist()} for _ in range(NUM_BATCHES)],
+        "pause_seconds": 2.0,
+        "linger_seconds": 15,
+    }
+    sidecar = Sidecar(tmp_path / "sidecar.log", "--state", str(tmp_path / "state"))
+    engine = start_engine(spec, tmp_path, sidecar.grpc)
+    try:
+        wait_for(lambda: engine.poll() is not None or "engine up" in (tmp_path / "log").read_text(), 600)
+        kills = 0
+        while not is_over(engine, tmp_path):
+            wait_for(lambda: is_over(engine, tmp_path) or is_connected(sidecar), 60)
+            time.sleep(chance.uniform(0.0, 2.0))
+            sidecar.kill()
+            time.sleep(chance.uniform(0.0, 1.0))
+            sidecar.start()
+            kills += 1
+        print(f"{kills} kills")  # noqa: T201
+        engine.wait(120)
+        raw, _ = results(engine, tmp_path)
+        assert kills >= 3, "the traffic was over too soon"
+        check_against_the_tensors(sidecar, raw)
+    finally:
+        engine.kill()
+        sidecar.stop()
+
+
+def is_over(engine: subprocess.Popen[bytes], folder: Path) -> bool:
+    """The engine is about to end, or did. The last batches are for a sidecar that lives: a card needs tokens."""
+    served = (folder / "log").read_text().count("served a batch")
+    return engine.poll() is not None or served >= NUM_BATCHES - 3
+
+
+def is_connected(sidecar: Sidecar) -> bool:
+    """The worker found the sidecar since its last start."""
+    return "worker connected" in sidecar.log.read_text().rpartition("sidecar ready")[2]
+
+
+def check_against_the_tensors(sidecar: Sidecar, raw: dict[str, np.ndarray]) -> None:
+    """Lifetime extrema of all sites and phases, and the marks of all time, bit for bit."""
+    position = raw.pop("positions")
+    rows = {"first": position == 0, "prefill": (position > 0) & (position < LENGTH), "decode": position >= LENGTH}
+    card = sidecar.get("card")["sites"]
+    marks = {(site["layer"], site["site"]): site["phases"] for site in sidecar.get("sites")}
+    assert len(card) == len(marks) * len(rows) == 36
+    for site in card:
+        name = f"{'-' if site['layer'] is None else site['layer']}.{site['site']}"
+        top, bottom = raw[name][rows[site["phase"]]].T
+        assert (site["max"], site["min"]) == (top.max(), bottom.min()), (name, site["phase"])
+        high_water = marks[site["layer"], site["site"]][site["phase"]]["absmax_high_water"]
+        assert high_water == max(top.max(), -bottom.min()), (name, site["phase"])

@@ -36,22 +36,29 @@ class Run:
 def run_engine(spec: dict[str, Any], folder: Path, **environ: str) -> Run:
     """Run `run_engine.py` with a receiver beside it; ``spec["maxact"]`` are the plugin's settings."""
     with Listening() as listening:
-        environ |= spec.pop("environ", {})
-        own = {"endpoint": listening.endpoint, "interval": 0.2} | spec.pop("maxact", {})
-        llm = {"max_num_seqs": 64, "enable_prefix_caching": False, "disable_log_stats": True} | spec["llm"]
-        llm["additional_config"] = {"maxact": own}
-        (folder / "spec.json").write_text(json.dumps(spec | {"llm": llm}))
-        script = Path(__file__).with_name("run_engine.py")
-        done = subprocess.run(
-            [sys.executable, script, folder / "spec.json", folder / "raw.npz"],
-            env={**os.environ, **ENVIRON, **environ},
-            capture_output=True,
-            text=True,
-        )
-        log = done.stdout + done.stderr
-        assert done.returncode == 0, log[-4000:]
-        with np.load(folder / "raw.npz") as raw:
-            return Run(listening.receiver, dict(raw), log)
+        process = start_engine(spec, folder, listening.endpoint, **environ)
+        process.wait()
+        return Run(listening.receiver, *results(process, folder))
+
+
+def start_engine(spec: dict[str, Any], folder: Path, endpoint: str, **environ: str) -> subprocess.Popen[bytes]:
+    """Start `run_engine.py`, streaming to ``endpoint``; its log is ``folder/log``."""
+    environ |= spec.pop("environ", {})
+    own = {"endpoint": endpoint, "interval": 0.2} | spec.pop("maxact", {})
+    llm = {"max_num_seqs": 64, "enable_prefix_caching": False, "disable_log_stats": True} | spec["llm"]
+    llm["additional_config"] = {"maxact": own}
+    (folder / "spec.json").write_text(json.dumps(spec | {"llm": llm}))
+    command = [sys.executable, Path(__file__).with_name("run_engine.py"), folder / "spec.json", folder / "raw.npz"]
+    with (folder / "log").open("wb") as log:
+        return subprocess.Popen(command, env={**os.environ, **ENVIRON, **environ}, stdout=log, stderr=log)
+
+
+def results(process: subprocess.Popen[bytes], folder: Path) -> tuple[dict[str, Any], str]:
+    """What a finished engine wrote: raw tensors and its log."""
+    log = (folder / "log").read_text()
+    assert process.returncode == 0, log[-4000:]
+    with np.load(folder / "raw.npz") as raw:
+        return dict(raw), log
 
 
 def probe(model: Path, additional: dict[str, Any], change: str = "", **environ: str) -> tuple[dict[str, Any], str]:

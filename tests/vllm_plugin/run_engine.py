@@ -119,6 +119,8 @@ def main(spec_path: str, out_path: str) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=batch["max_tokens"], ignore_eos=True, detokenize=False)
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in batch["prompts"]]
         llm.generate(prompts, sampling, use_tqdm=False)
+        print("served a batch", flush=True)
+        time.sleep(spec.get("pause_seconds", 0))
     time.sleep(spec.get("linger_seconds", 0))
     raw.save(out_path)
 
