@@ -12,7 +12,8 @@ from maxact_proto import stats
 from maxact_sidecar import merge
 from maxact_sidecar.card import CardTokens, LoadedCard
 from maxact_sidecar.headroom import MEANINGS, Floats
-from maxact_sidecar.snapshot import Snapshot
+from maxact_sidecar.history import History
+from maxact_sidecar.snapshot import SiteKey, Snapshot
 
 
 class RankView(BaseModel):
@@ -93,6 +94,22 @@ class FlagView(BaseModel):
     since: float
     last_exceeded: float
     active: bool
+
+
+class SiteHistoryView(BaseModel):
+    """absmax of one site over time; null where nothing was seen."""
+
+    model: str
+    layer: int | None
+    site: str
+    absmax: list[float | None]
+
+
+class HistoryView(BaseModel):
+    """absmax of sites over time, four digits. Times are seconds since the epoch: where each step begins."""
+
+    times: list[float]
+    sites: list[SiteHistoryView]
 
 
 class CardView(BaseModel):
@@ -210,6 +227,35 @@ def view_flags(snapshots: Iterable[Snapshot]) -> list[FlagView]:
         for flag in snapshot.evidence
     ]
     return sorted(views, key=lambda view: (not view.active, -view.since, view.headroom_ratio))
+
+
+def view_history(history: History, model: str | None, engine: str | None) -> HistoryView:
+    """History of sites; engines of one model merged by maximum."""
+    times, courses = history.show()
+    merged: dict[tuple[str, SiteKey], Floats] = {}
+    for (name, label), course in courses.items():
+        if model in (None, name) and engine in (None, label):
+            for key, absmax in zip(course.keys, _four_digits(course.absmax).T, strict=True):
+                merged[name, key] = np.fmax(absmax, merged.get((name, key), absmax))
+    sites = [
+        SiteHistoryView.model_construct(model=name, layer=layer, site=site, absmax=_nulls(absmax))
+        for (name, (layer, site)), absmax in merged.items()
+    ]
+    return HistoryView.model_construct(times=times, sites=sites)
+
+
+def _nulls(values: Floats) -> list[float | None]:
+    return [value if value == value else None for value in values.tolist()]
+
+
+def _four_digits(values: Floats) -> Floats:
+    """Rounded, so that JSON is a third as long."""
+    known = np.where(values > 0, values, np.nan).astype(np.float64)
+    places = 3 - np.floor(np.log10(known))
+    # Scaled by a power of ten that is exact, one way or the other, so that the nearest float is that of four digits.
+    up, down = 10.0 ** np.maximum(places, 0), 10.0 ** np.maximum(-places, 0)
+    rounded: Floats = np.where(values == 0, 0.0, np.rint(known * up / down) / up * down)
+    return rounded
 
 
 def view_card(loaded: LoadedCard) -> CardView:

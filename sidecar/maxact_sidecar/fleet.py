@@ -11,6 +11,7 @@ from maxact_proto import wire
 from maxact_sidecar.card import LoadedCard
 from maxact_sidecar.config import Settings
 from maxact_sidecar.headroom import Instant
+from maxact_sidecar.history import History
 from maxact_sidecar.merge import RankState
 from maxact_sidecar.snapshot import SiteKey, Snapshot
 from maxact_sidecar.state import Engine
@@ -35,6 +36,8 @@ class Fleet:
         self._memories = dict(memories or {})
         self._engines: dict[EngineKey, Engine] = {}
         self._cards = list(cards)
+        self.history = History(settings.hold)
+        """absmax over time, of the engines that `snapshots` shows."""
 
     def use_settings(self, settings: Settings, now: Instant) -> None:
         """Take over what may change while running: thresholds and times of flags, and when an engine is stale."""
@@ -100,19 +103,26 @@ class Fleet:
 
     def snapshots(self, now: Instant, *, ranks_apart: bool = False) -> list[Snapshot]:
         """Engines that are connected or left less than the stale time ago, by model and engine."""
-        engines = [engine for _, engine in sorted(self._engines.items())]
-        return [engine.snapshot(now, ranks_apart=ranks_apart) for engine in engines if not self._is_stale(engine, now)]
+        return [engine.snapshot(now, ranks_apart=ranks_apart) for engine in self._shown(now).values()]
+
+    def _shown(self, now: Instant) -> dict[EngineKey, Engine]:
+        return {key: engine for key, engine in sorted(self._engines.items()) if not self._is_stale(engine, now)}
 
     def _is_stale(self, engine: Engine, now: Instant) -> bool:
         left_at = engine.disconnected_at
         return left_at is not None and now.steady - left_at > self._settings.stale
 
     def settle(self, now: Instant) -> None:
-        """Clear flags whose time has come, also of engines nobody looks at; forget aliases, which never come back."""
+        """Clear flags whose time has come, also of engines nobody looks at; forget aliases, which never come back.
+
+        To be called about once a second; writes history as well.
+        """
         for key, engine in list(self._engines.items()):
             engine.settle(now)
             if engine.is_alias and self._is_stale(engine, now):
                 del self._engines[key]
+        if self.history.is_due(now):
+            self.history.add({key: engine.current(now) for key, engine in self._shown(now).items()}, now)
 
     @property
     def cards(self) -> list[LoadedCard]:

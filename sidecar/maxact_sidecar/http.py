@@ -101,6 +101,11 @@ def _add_api(app: FastAPI, fleet: Fleet) -> None:
         """Statistics and headroom of every site."""
         return api.view_sites(_select(fleet, model, engine))
 
+    @app.get("/api/v1/history")
+    def history(model: Model = None, engine: Engine = None) -> api.HistoryView:
+        """absmax of every site since the sidecar started; engines are merged where none is chosen."""
+        return api.view_history(fleet.history, model, engine)
+
     @app.get("/api/v1/flags")
     def flags() -> list[api.FlagView]:
         """Headroom flags, raised ones first."""

@@ -20,6 +20,7 @@ from maxact_proto import stats, wire
 from maxact_sidecar import headroom, merge, resolution
 from maxact_sidecar.config import Settings
 from maxact_sidecar.headroom import FP16_LIMIT, Evidence, Flags, Instant
+from maxact_sidecar.history import Current
 from maxact_sidecar.snapshot import RankDetail, RankSnapshot, SiteKey, Snapshot, peak
 from maxact_sidecar.store import Memory, empty_memory, recall
 
@@ -234,6 +235,11 @@ class Engine:
                 return
             cleared = self._flags.settle(peak(self._hold_extrema(now)), now)
         self._announce("cleared", cleared)
+
+    def current(self, now: Instant) -> Current:
+        """The site table, and absmax of all phases over the hold horizon."""
+        with self._lock:
+            return self._keys, peak(self._hold_extrema(now))
 
     def snapshot(self, now: Instant, *, ranks_apart: bool = False) -> Snapshot:
         """The engine at this moment; ``ranks_apart``: with the statistics of every worker on its own."""
