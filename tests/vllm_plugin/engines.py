@@ -34,7 +34,7 @@ class Run:
 
 
 def run_engine(spec: dict[str, Any], folder: Path, **environ: str) -> Run:
-    """Run `run_engine.py` with a receiver beside it; ``spec["maxact"]`` are the plugin's settings."""
+    """Run `run_engine.py` with a receiver beside it; ``spec["maxact"]``: the plugin's settings, None: not asked for."""
     with Listening() as listening:
         process = start_engine(spec, folder, listening.endpoint, **environ)
         process.wait()
@@ -44,9 +44,10 @@ def run_engine(spec: dict[str, Any], folder: Path, **environ: str) -> Run:
 def start_engine(spec: dict[str, Any], folder: Path, endpoint: str, **environ: str) -> subprocess.Popen[bytes]:
     """Start `run_engine.py`, streaming to ``endpoint``; its log is ``folder/log``."""
     environ |= spec.pop("environ", {})
-    own = {"endpoint": endpoint, "interval": 0.2} | spec.pop("maxact", {})
+    own = spec.pop("maxact", {})
     llm = {"max_num_seqs": 64, "enable_prefix_caching": False, "disable_log_stats": True} | spec["llm"]
-    llm["additional_config"] = {"maxact": own}
+    if own is not None:
+        llm["additional_config"] = {"maxact": {"endpoint": endpoint, "interval": 0.2} | own}
     (folder / "spec.json").write_text(json.dumps(spec | {"llm": llm}))
     command = [sys.executable, Path(__file__).with_name("run_engine.py"), folder / "spec.json", folder / "raw.npz"]
     with (folder / "log").open("wb") as log:

@@ -7,6 +7,7 @@ code). OUT: ``<layer>.<site>`` -> float32 ``[rows, 2]`` (max, min per token row)
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -103,9 +104,37 @@ class ScaledHooks(RawHooks):
         np.savez(path, **self.counts)
 
 
+def let_artefacts_load() -> None:
+    """Let the CPU build load whole compiled models, as others do.
+
+    It saves them, then fails to load them for want of one method on what was loaded, and compiles again.
+    """
+    import torch
+
+    load = torch.compiler.load_compiled_function
+
+    def load_complete(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        compiled = loaded._artifacts.compiled_fn
+        if not hasattr(compiled, "finalize_loading"):
+            compiled.finalize_loading = lambda vllm_config: None
+        return loaded
+
+    torch.compiler.load_compiled_function = load_complete
+
+
+def report_compilations() -> None:
+    """Print vLLM's counts of what it compiled, saved and loaded, one line."""
+    from vllm.compilation.counter import compilation_counter
+
+    print("COMPILED " + json.dumps(dataclasses.asdict(compilation_counter)), flush=True)
+
+
 def main(spec_path: str, out_path: str) -> None:
     """Serve the batches of a spec, one after another."""
     spec = json.loads(Path(spec_path).read_text())
+    if spec.get("artefacts"):
+        let_artefacts_load()
     from vllm import LLM, SamplingParams, TokensPrompt
 
     started = time.monotonic()
@@ -122,6 +151,7 @@ def main(spec_path: str, out_path: str) -> None:
         print("served a batch", flush=True)
         time.sleep(spec.get("pause_seconds", 0))
     time.sleep(spec.get("linger_seconds", 0))
+    report_compilations()
     raw.save(out_path)
 
 
