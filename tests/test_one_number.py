@@ -19,6 +19,7 @@ from maxact_proto import stats, wire
 from maxact_proto.v1 import telemetry_pb2 as pb
 from maxact_vllm.buffers import allocate
 from maxact_vllm.compat import Step
+from maxact_vllm.config import Settings
 from maxact_vllm.flush import Flusher
 from maxact_vllm.fold import Folder
 from maxact_vllm.instrument import Tap, instrument
@@ -66,7 +67,7 @@ def test_a_planted_value_arrives_unchanged_at_every_hop(  # noqa: PLR0915  (the 
     site = wire.Site(layer=LAYER, name="hidden", width=WIDTH, sharded=False)
     layout = wire.Layout(model="one-number", engine="0", instance="test", sites=(site,), interval_seconds=3600.0)
     flusher = Flusher(folder.accumulators, buffers.histograms, layout, outbox.put)
-    streamer = Streamer(sidecar.grpc, layout, outbox)
+    streamer = Streamer(Settings(endpoint=sidecar.grpc), layout, outbox)
     streamer.start()
 
     # Ordinary traffic first: its card is what the planted value will be judged against.

@@ -22,6 +22,7 @@ from workers import SITES, layout, window
 
 from maxact_proto import stats, wire
 from maxact_sidecar.store import FILE
+from maxact_vllm.config import Settings
 from maxact_vllm.stream import Outbox, Streamer
 
 NUM_KILLS = 4
@@ -35,7 +36,8 @@ class Rank:
         self._lifetime = stats.empty(len(SITES))[..., : stats.NUM_EXTREMA]
         self.outboxes = [Outbox(len(SITES)) for _ in sidecars]
         self._streamers = [
-            Streamer(sidecar.grpc, own, outbox) for sidecar, outbox in zip(sidecars, self.outboxes, strict=True)
+            Streamer(Settings(endpoint=sidecar.grpc), own, outbox)
+            for sidecar, outbox in zip(sidecars, self.outboxes, strict=True)
         ]
         for streamer in self._streamers:
             streamer.start()

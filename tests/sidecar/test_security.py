@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import os
 import queue
 import re
 import socket
@@ -21,6 +20,7 @@ import grpc
 import httpx
 import pytest
 import trustme
+from certificates import install
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from processes import Sidecar, free_port, program, wait_for
@@ -37,16 +37,6 @@ HASH = "$2y$04$" + "a" * 53
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
     return trustme.CA()
-
-
-def install(folder: Path, authority: trustme.CA) -> tuple[str, ...]:
-    """A certificate for the loopback in ``folder``; the options that name it."""
-    issued = authority.issue_cert("127.0.0.1", "localhost")
-    for name, blob in (("cert.pem", issued.cert_chain_pems[0]), ("key.pem", issued.private_key_pem)):
-        blob.write_to_path(str(folder / f"new-{name}"))
-        os.replace(folder / f"new-{name}", folder / name)
-    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-    return ("--tls-cert", str(folder / "cert.pem"), "--tls-key", str(folder / "key.pem"))
 
 
 @pytest.fixture

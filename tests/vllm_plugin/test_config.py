@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,20 @@ def test_settings_survive_the_way_to_the_workers() -> None:
     assert Settings.from_mapping(settings.to_mapping()) == settings
 
 
+@pytest.mark.parametrize("endpoint", ["unix:/s", "127.0.0.1:1", "localhost:1", "[::1]:1"])
+def test_a_token_stays_on_the_machine_without_tls(endpoint: str) -> None:
+    assert Settings(endpoint=endpoint, token_file="/t").token_file == "/t"
+
+
+def test_files_are_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAXACT_TOKEN_FILE", "run/token")
+    settings = Settings.from_mapping({"tls_ca": "ca.pem", "endpoint": "sidecar:1"})
+    assert (settings.tls_ca, settings.token_file) == (str(tmp_path / "ca.pem"), str(tmp_path / "run/token"))
+    monkeypatch.chdir("/")
+    assert Settings.from_mapping(settings.to_mapping()) == settings
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -30,6 +45,12 @@ def test_settings_survive_the_way_to_the_workers() -> None:
         ({"endpoint": "localhost"}, "maxact endpoint: 'localhost' is neither host:port nor unix:/path"),
         ({"endpoint": "unix:"}, "maxact endpoint"),
         ({"site": "all"}, "unknown setting 'site'; known are endpoint, sites, interval, engine"),
+        ({"tls_ca": 5}, "maxact: expected str, bytes or os.PathLike object, not int"),
+        ({"tls_cert": "/c", "tls_ca": "/ca"}, "maxact tls_cert: certificate and key are needed together"),
+        ({"tls_cert": "/c", "tls_key": "/k"}, "maxact tls_cert: needs TLS, tls_ca"),
+        ({"tls_ca": "/ca", "endpoint": "unix:/s"}, "maxact tls_ca: there is no TLS on unix:/s"),
+        ({"token_file": "/t", "endpoint": "h:1"}, "maxact token_file: the token would go to h:1 unencrypted"),
+        ({"token_file": "/t", "endpoint": "10.0.0.1:1"}, "maxact token_file: the token would go to"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(given: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -29,7 +30,10 @@ PRESETS: Final[Mapping[str, frozenset[str] | None]] = {
 KEY: Final = "maxact"
 """Key in vLLM's ``additional_config``."""
 
-BESIDE_THE_GRAPH: Final = frozenset({"endpoint", "interval", "engine"})
+PATHS: Final = ("tls_ca", "tls_cert", "tls_key", "token_file")
+"""Settings that name a file. What is in it never travels: not in ``additional_config``, not into a log."""
+
+BESIDE_THE_GRAPH: Final = frozenset({"endpoint", "interval", "engine", *PATHS})
 """Settings that do not change what is compiled. Any other one does, as far as the compile-cache key can tell."""
 
 
@@ -49,12 +53,21 @@ class Settings:
     """Seconds between windows."""
     engine: str = ""
     """Name of this engine in metrics; empty: the data-parallel rank."""
+    tls_ca: str = ""
+    """PEM file: who signed the sidecar's certificate. Empty: no TLS."""
+    tls_cert: str = ""
+    """PEM file: certificate to show the sidecar."""
+    tls_key: str = ""
+    """PEM file: private key of ``tls_cert``."""
+    token_file: str = ""
+    """File whose first line that is no comment is the bearer token for the sidecar."""
 
     def __post_init__(self) -> None:
         _check_endpoint(self.endpoint)
         _check_sites(self.sites)
         if not (isinstance(self.interval, int | float) and 0.05 <= self.interval <= 3600):
             raise SettingsError(f"maxact interval: {self.interval!r} is not between 0.05 and 3600 seconds")
+        _check_paths(self)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Settings:
@@ -70,7 +83,10 @@ class Settings:
         try:
             if "interval" in given:
                 given["interval"] = number(given["interval"])
-            return cls(**(_from_environ() | given))
+            values = _from_environ() | given
+            # A worker may have another working directory.
+            absolute = {name: os.path.abspath(path) for name in PATHS if (path := values.get(name))}
+            return cls(**(values | absolute))
         except TypeError as error:
             raise SettingsError(f"maxact: {error}") from error
 
@@ -117,7 +133,7 @@ def spoil(vllm_config: Any) -> None:
 
 def _from_environ() -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for name in ("endpoint", "sites", "interval", "engine"):
+    for name in (field.name for field in fields(Settings)):
         text = os.environ.get(f"MAXACT_{name.upper()}")
         if text:
             values[name] = number(text) if name == "interval" else text
@@ -138,6 +154,28 @@ def _check_endpoint(endpoint: str) -> None:
     host, _, port = endpoint.rpartition(":")
     if not (host and port.isdigit() and 0 < int(port) < 65536):
         raise SettingsError(f"maxact endpoint: {endpoint!r} is neither host:port nor unix:/path")
+
+
+def _check_paths(settings: Settings) -> None:
+    given = {name for name in PATHS if getattr(settings, name)}
+    if ("tls_cert" in given) != ("tls_key" in given):
+        raise SettingsError("maxact tls_cert: certificate and key are needed together, tls_cert and tls_key")
+    if "tls_cert" in given and "tls_ca" not in given:
+        raise SettingsError("maxact tls_cert: needs TLS, tls_ca")
+    if "tls_ca" in given and settings.endpoint.startswith("unix:"):
+        raise SettingsError(f"maxact tls_ca: there is no TLS on {settings.endpoint}, where no other machine connects")
+    if "token_file" in given and "tls_ca" not in given and not _is_local(settings.endpoint):
+        raise SettingsError(f"maxact token_file: the token would go to {settings.endpoint} unencrypted; give tls_ca")
+
+
+def _is_local(endpoint: str) -> bool:
+    host = endpoint.rpartition(":")[0].strip("[]")
+    if endpoint.startswith("unix:") or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _check_sites(sites: str) -> None:

@@ -17,7 +17,8 @@ import os
 from typing import Any
 
 from maxact_vllm import canary, logger
-from maxact_vllm.config import KEY, Settings, SettingsError, graph_key, number
+from maxact_vllm.config import KEY, PATHS, Settings, SettingsError, graph_key, number
+from maxact_vllm.credentials import check_file, check_files
 
 _installed = False
 _fault = ""
@@ -85,33 +86,35 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Observe the served model with maxact; any of the flags below asks for it too.",
     )
-    group.add_argument(
-        "--maxact-endpoint",
-        metavar="ADDR",
-        type=_checked("endpoint"),
-        help="gRPC address of the sidecar, host:port or unix:/path (default 127.0.0.1:4471).",
-    )
-    group.add_argument(
-        "--maxact-sites",
-        metavar="PRESET|REGEX",
-        type=_checked("sites"),
-        help="What to observe: serving (default), paper, all, or a regular expression searched in names like "
+    for name, metavar, description in _FLAGS:
+        flag = f"--maxact-{name.replace('_', '-')}"
+        group.add_argument(flag, metavar=metavar, type=_checked(name), help=description)
+
+
+_FLAGS = (
+    ("endpoint", "ADDR", "gRPC address of the sidecar, host:port or unix:/path (default 127.0.0.1:4471)."),
+    (
+        "sites",
+        "PRESET|REGEX",
+        "What to observe: serving (default), paper, all, or a regular expression searched in names like "
         "layers.11.hidden.",
-    )
-    group.add_argument(
-        "--maxact-interval",
-        metavar="S",
-        type=_checked("interval"),
-        help="Seconds between two windows sent to the sidecar (default 1).",
-    )
-    group.add_argument(
-        "--maxact-engine", metavar="NAME", default=None, help="Name of this engine in metrics (default: its DP rank)."
-    )
+    ),
+    ("interval", "S", "Seconds between two windows sent to the sidecar (default 1)."),
+    ("engine", "NAME", "Name of this engine in metrics (default: its DP rank)."),
+    ("tls_ca", "PEM", "TLS to the sidecar, whose certificate this authority signed."),
+    ("tls_cert", "PEM", "Certificate to show the sidecar."),
+    ("tls_key", "PEM", "Private key of that certificate."),
+    ("token_file", "FILE", "Bearer token for the sidecar, in a file; read again at every connect."),
+)
+"""Setting, placeholder, help."""
 
 
 def _checked(name: str) -> Any:
     def convert(text: str) -> Any:
         try:
+            if name in PATHS:
+                check_file(name, text)
+                return text
             value: Any = number(text) if name == "interval" else text
             Settings(**{name: value})
         except SettingsError as error:
@@ -123,8 +126,7 @@ def _checked(name: str) -> Any:
 
 def carry_flags(args: argparse.Namespace, engine_args: Any) -> None:
     """Move our flags from the namespace into ``engine_args.additional_config``. Any of them asks for maxact."""
-    names = ("endpoint", "sites", "interval", "engine")
-    given = {name: getattr(args, f"maxact_{name}", None) for name in names}
+    given = {name: getattr(args, f"maxact_{name}", None) for name, _, _ in _FLAGS}
     given = {name: value for name, value in given.items() if value is not None}
     if getattr(args, "plugin", None) is None and not given:
         return
@@ -149,6 +151,7 @@ def complete(engine_args: Any) -> None:
     if not isinstance(given, dict):
         raise SettingsError(f'additional_config["maxact"]: {given!r} is not a mapping of settings')
     settings = Settings.from_mapping(given)
+    check_files(settings)
     if _fault:
         _say(f"maxact stays out of the way, serving goes on unobserved: {_fault}")
         engine_args.additional_config = {name: value for name, value in additional.items() if name != KEY}

@@ -20,11 +20,18 @@ import numpy as np
 
 from maxact_proto import stats, wire
 from maxact_vllm import logger
+from maxact_vllm.config import Settings
+from maxact_vllm.credentials import call_metadata, open_channel
 
 _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 10.0
 _REPEAT_LOG_SECONDS = 300.0
 _DRAIN_SECONDS = 1.5
+_WHAT_TO_DO = {
+    "UNAUTHENTICATED": "Give --maxact-token-file a file with one of its tokens",
+    "SettingsError": "The file is read again at every try",
+}
+"""By kind of problem, where starting a sidecar would not help."""
 
 
 class Outbox:
@@ -97,15 +104,15 @@ def _add(one: Any, other: Any) -> Any:
 class Streamer(threading.Thread):
     """Keeps a stream to the sidecar up and drains the outbox into it."""
 
-    def __init__(self, endpoint: str, layout: wire.Layout, outbox: Outbox) -> None:
+    def __init__(self, settings: Settings, layout: wire.Layout, outbox: Outbox) -> None:
         super().__init__(name="maxact-stream", daemon=True)
-        self._endpoint = endpoint
+        self._settings = settings
         self._layout = layout
         self._outbox = outbox
         self._halt = threading.Event()
         self._accepted = threading.Event()
         self._layout_id = 0
-        self._log = _Transitions(endpoint)
+        self._log = _Transitions(settings.endpoint)
 
     def run(self) -> None:
         """Until `stop`: connect, stream, wait, again. No error leaves this thread."""
@@ -132,17 +139,15 @@ class Streamer(threading.Thread):
 
     def _converse(self) -> None:
         """One stream from connect to its end. Raises what gRPC raises."""
-        import grpc
-
         from maxact_proto.v1 import telemetry_pb2_grpc
 
         self._accepted.clear()
         over = threading.Event()
         options = [("grpc.max_receive_message_length", 65536), ("grpc.enable_http_proxy", 0)]
-        with grpc.insecure_channel(self._endpoint, options) as channel:
+        with open_channel(self._settings, options) as channel:
             stub = telemetry_pb2_grpc.TelemetryServiceStub(channel)  # type: ignore[no-untyped-call]
             try:
-                for response in stub.Stream(self._requests(over)):
+                for response in stub.Stream(self._requests(over), metadata=call_metadata(self._settings)):
                     self._receive(response)
             finally:
                 over.set()
@@ -170,12 +175,12 @@ class Streamer(threading.Thread):
 
 
 class _Transitions:
-    """Logs connects and losses, not every retry."""
+    """Logs connects, losses and other reasons for them, not every retry."""
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
         self._is_connected = False
-        self._logged_at = -_REPEAT_LOG_SECONDS
+        self._logged_at: dict[str, float] = {}
 
     def connected(self) -> None:
         if not self._is_connected:
@@ -183,13 +188,13 @@ class _Transitions:
         self._is_connected = True
 
     def lost(self, problem: str) -> None:
-        now = time.monotonic()
-        if self._is_connected or now - self._logged_at > _REPEAT_LOG_SECONDS:
-            self._logged_at = now
+        now, kind = time.monotonic(), problem.partition(":")[0]
+        if self._is_connected or now - self._logged_at.get(kind, -_REPEAT_LOG_SECONDS) >= _REPEAT_LOG_SECONDS:
+            self._logged_at[kind] = now
+            what_to_do = _WHAT_TO_DO.get(kind, f"Start one with: maxact sidecar --grpc {self._endpoint}")
             logger.warning(
-                "maxact has no sidecar at %s (%s); statistics are kept and sent when it is there. "
-                "Start one with: maxact sidecar --grpc %s",
-                *(self._endpoint, problem, self._endpoint),
+                "maxact has no sidecar at %s (%s); statistics are kept and sent when it is there. %s",
+                *(self._endpoint, problem, what_to_do),
             )
         self._is_connected = False
 

@@ -54,7 +54,7 @@ class Capture:
         self._folder = Folder(buffers)
         layout = _layout(taps, vllm_config, settings)
         outbox = Outbox(len(taps))
-        self._streamer = Streamer(settings.endpoint, layout, outbox)
+        self._streamer = Streamer(settings, layout, outbox)
         self._flusher = Flusher(self._folder.accumulators, buffers.histograms, layout, outbox.put)
         self._armed = False
         self._failures = 0
