@@ -47,10 +47,19 @@ def _variable(name: str, label: str, metric: str, depth: int, sort: Any) -> Any:
     return variable.current(everything).refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)
 
 
-def _variables(depth: int) -> list[Any]:
+def _format() -> Any:
+    """The one number format whose cost is shown."""
+    query = f"label_values({select('maxact_sqnr_decibels', 'engine')}, format)"
+    variable = builders.QueryVariable("format").label("Format").datasource(DATASOURCE)
+    variable.query({"query": query, "refId": "format"}).definition(query).multi(False).include_all(False)
+    usual = dashboard.VariableOption(text="int8", value="int8", selected=True)
+    return variable.current(usual).refresh(dashboard.VariableRefresh.ON_TIME_RANGE_CHANGED)
+
+
+def _variables(depth: int, one_format: bool) -> list[Any]:
     source = builders.DatasourceVariable("datasource").label("Data source").type("prometheus")
     chain = [_variable(name, label, metric, place, sort) for name, label, metric, _, place, sort in _CHAIN[:depth]]
-    return [source, *chain]
+    return [source, *chain, *([_format()] if one_format else [])]
 
 
 def _annotation(name: str, expr: str, color: str, title: str, text: str, tags: str = "") -> Any:
@@ -108,11 +117,13 @@ def place(rows: Sequence[tuple[int, Sequence[tuple[Any, int]]]]) -> list[Any]:
     return placed
 
 
-def board(name: str, title: str, description: str, *, depth: int, panels: Sequence[Any]) -> Any:
-    """A dashboard of placed panels, narrowed by the first ``depth`` variables of the chain."""
+def board(
+    name: str, title: str, description: str, *, depth: int, panels: Sequence[Any], one_format: bool = False
+) -> Any:
+    """A dashboard of placed panels, narrowed by the first ``depth`` variables of the chain, and by format."""
     made = builders.Dashboard(title).uid(UIDS[name]).description(description).tags([TAG]).readonly()
     made.time("now-1h", "now").refresh("10s").timezone("browser").tooltip(dashboard.DashboardCursorSync.CROSSHAIR)
-    made.variables(_variables(depth)).annotations(_annotations())
+    made.variables(_variables(depth, one_format)).annotations(_annotations())
     made.links([_link(other) for other in UIDS if other != name])
     for panel in panels:
         made.with_panel(panel)

@@ -10,7 +10,10 @@ from grafana.query import MOST_LINES, extreme, select, worst_margin
 from grafana.reference import SERIES
 from grafana.scales import DECADES, FLAG, UP, margin_steps
 
+from maxact_proto.stats import PHASES
+
 _NAME = "{{layer}} {{site}}"
+_CRITERION = "{{meaning}} {{format}}"
 
 
 def _phased(*metrics: tuple[str, str]) -> list[Query]:
@@ -28,8 +31,8 @@ def _stats() -> list[tuple[Any, int]]:
     margins = Text(
         id=1,
         title="Margin",
-        description="Headroom ratio over its threshold, the smallest of the selected sites, per meaning. Below 1 "
-        "the flag is raised.",
+        description="Headroom ratio over its threshold, the smallest of the selected sites, per meaning and format. "
+        "Below 1 the flag is raised.",
         unit="none",
     )
     absmax = Text(id=2, title="Absmax now", description="Largest magnitude over the hold horizon.", unit="short")
@@ -39,24 +42,25 @@ def _stats() -> list[tuple[Any, int]]:
     limit = Text(
         id=4,
         title="Smallest limit",
-        description="Smallest limit of the selected sites, per meaning: the card's absmax for range, 65504 for fp16.",
+        description="Smallest limit of the selected sites, per meaning and format: the card's absmax for range, 65504 "
+        "for fp16.",
         unit="short",
     )
     since = Text(
         id=5,
         title="Flagged since",
-        description="When the oldest raised flag of the selected sites went up, per meaning.",
+        description="When the oldest raised flag of the selected sites went up, per meaning and format.",
         unit="dateTimeFromNow",
     )
-    flagged = f"1000 * min by (meaning) ({select('maxact_headroom_flag_since_timestamp_seconds', 'site')})"
-    margins_of = Query(expr=f"min by (meaning) ({worst_margin()})", legend="{{meaning}}")
-    limits = Query(expr=f"min by (meaning) ({select('maxact_headroom_limit', 'site')})", legend="{{meaning}}")
+    flagged = f"1000 * min by (meaning, format) ({select('maxact_headroom_flag_since_timestamp_seconds', 'site')})"
+    margins_of = Query(expr=f"min by (meaning, format) ({worst_margin()})", legend=_CRITERION)
+    limits = Query(expr=f"min by (meaning, format) ({select('maxact_headroom_limit', 'site')})", legend=_CRITERION)
     return [
         (verdict(margins, [margins_of], steps=margin_steps(), empty="no traffic"), 7),
         (verdict(absmax, [Query(expr=f"max({select('maxact_absmax', 'site')})")], empty="no traffic"), 4),
         (verdict(ever, [Query(expr=f"max({select('maxact_absmax_high_water', 'site')})")], empty="no traffic"), 4),
         (verdict(limit, [limits], empty="not judged"), 5),
-        (verdict(since, [Query(expr=flagged, legend="{{meaning}}")], empty="not flagged"), 4),
+        (verdict(since, [Query(expr=flagged, legend=_CRITERION)], empty="not flagged"), 4),
     ]
 
 
@@ -69,7 +73,7 @@ def _absmax() -> Any:
         unit="short",
     )
     limit = Query(
-        expr=extreme(select("maxact_headroom_limit", "site"), lowest=True), legend=f"limit {_NAME} {{{{meaning}}}}"
+        expr=extreme(select("maxact_headroom_limit", "site"), lowest=True), legend=f"limit {_NAME} {_CRITERION}"
     )
     queries = [*_phased(("maxact_absmax", "now"), ("maxact_absmax_high_water", "ever")), limit]
     return lines(text, queries, log=True, dashed="/^limit/")
@@ -84,10 +88,10 @@ def _headroom() -> Any:
         unit="none",
     )
     queries = [
-        Query(expr=extreme(select("maxact_headroom_ratio", "site"), lowest=True), legend=f"{_NAME} {{{{meaning}}}}"),
+        Query(expr=extreme(select("maxact_headroom_ratio", "site"), lowest=True), legend=f"{_NAME} {_CRITERION}"),
         Query(
-            expr='max by (meaning) (meaning:maxact_headroom_threshold_ratio:max{job=~"$job"})',
-            legend="threshold {{meaning}}",
+            expr='max by (meaning, format) (meaning:maxact_headroom_threshold_ratio:max{job=~"$job"})',
+            legend=f"threshold {_CRITERION}",
         ),
     ]
     return lines(text, queries, log=True, dashed="/^threshold/")
@@ -139,26 +143,76 @@ def _crest() -> Any:
     return lines(text, _phased(("maxact_crest_ratio", "")), log=True)
 
 
-def _int8_noise() -> Any:
+def _noise() -> Any:
     text = Text(
         id=21,
-        title="INT-8 signal to noise",
-        description="Signal to quantization noise with one INT-8 scale of absmax / 127 for the whole tensor, estimated "
-        "from a sample of the last minutes.",
+        title="Signal to quantization noise",
+        description="Per format, with one scale of absmax / qmax for the whole tensor (NVFP4: a scale per 16 "
+        "elements), estimated from a sample of the last minutes.",
         unit="dB",
     )
-    return lines(text, [Query(expr=extreme(select("maxact_int8_sqnr_db", "site"), lowest=True), legend=_NAME)])
+    name = f"{_NAME} {{{{format}}}}"
+    return lines(text, [Query(expr=extreme(select("maxact_sqnr_decibels", "site"), lowest=True), legend=name)])
 
 
-def _int8_zeroed() -> Any:
+def _zeroed() -> Any:
     text = Text(
         id=22,
-        title="Rounded to zero by INT-8",
-        description="Share of elements that become zero with one INT-8 scale of absmax / 127 for the whole tensor, "
-        "estimated from a sample of the last minutes.",
+        title="Rounded to zero",
+        description="Share of elements that become zero, per format, with one scale of absmax / qmax for the whole "
+        "tensor (NVFP4: a scale per 16 elements), estimated from a sample of the last minutes.",
         unit="percentunit",
     )
-    return lines(text, [Query(expr=extreme(select("maxact_int8_zeroed_ratio", "site")), legend=_NAME)])
+    name = f"{_NAME} {{{{format}}}}"
+    return lines(text, [Query(expr=extreme(select("maxact_zeroed_ratio", "site")), legend=name)])
+
+
+def _exceeded() -> Any:
+    text = Text(
+        id=23,
+        title="Windows beyond the threshold",
+        description="Share of the windows with tokens that exceeded a threshold. A spike stays near zero; drift climbs "
+        "and stays. Empty for sites that never exceeded one.",
+        unit="percentunit",
+    )
+    counters = ("maxact_headroom_windows_exceeded_total", "maxact_headroom_windows_total")
+    exceeded, windows = (f"rate({select(name, 'site')}[$__rate_interval])" for name in counters)
+    most = f"topk({MOST_LINES}, {select(counters[0], 'site')} @ end())"
+    query = Query(expr=f"{exceeded} / {windows} and {most}", legend=f"{_NAME} {_CRITERION}")
+    return lines(text, [query])
+
+
+def _first_exceeded() -> Any:
+    text = Text(
+        id=24,
+        title="Thresholds exceeded: since when, and in which windows, 1 h",
+        description="Sites whose threshold was ever exceeded, the newest first: when that first was, and the share of "
+        "the windows of the last hour that exceeded it, in all and in each phase.",
+        unit="none",
+    )
+    by = "max by (model_name, engine, layer, site, meaning, format)"
+    newest = f"topk(15, {select('maxact_headroom_first_exceeded_timestamp_seconds', 'site')})"
+    windows = f"increase({select('maxact_headroom_windows_total', 'site')}[1h])"
+    share = f"increase({select('maxact_headroom_windows_exceeded_total', 'site')}[1h]) / {windows}"
+    in_phase = [
+        f"increase({select('maxact_headroom_phase_windows_exceeded_total', 'site', phase=phase)}[1h]) "
+        f"/ ignoring (phase) {windows}"
+        for phase in PHASES
+    ]
+    queries = [Query(expr=f"{by} (1000 * {newest})"), *(Query(expr=f"{by} ({each})") for each in (share, *in_phase))]
+    columns = [
+        Column(field="layer", title="Layer", width=55),
+        Column(field="site", title="Site"),
+        Column(field="meaning", title="Against", width=95),
+        Column(field="format", title="Format", width=75),
+        Column(field="A", title="First", unit="dateTimeFromNow", width=120),
+        Column(field="B", title="Exceeded", unit="percentunit", width=85),
+        *(
+            Column(field=letter, title=phase.capitalize(), unit="percentunit", width=75)
+            for letter, phase in zip("CDE", PHASES, strict=True)
+        ),
+    ]
+    return rows(text, queries, columns, sort="First", descending=True)
 
 
 def _nonfinite() -> Any:
@@ -175,7 +229,7 @@ def _nonfinite() -> Any:
 
 def _flags() -> Any:
     text = Text(id=17, title="Flags", description="Red while the flag of a site is raised.", unit="none")
-    query = Query(expr=extreme(select("maxact_headroom_flag", "site")), legend=f"{_NAME} {{{{meaning}}}}")
+    query = Query(expr=extreme(select("maxact_headroom_flag", "site")), legend=f"{_NAME} {_CRITERION}")
     return states(text, [query], [FLAG])
 
 
@@ -237,7 +291,8 @@ def site() -> Any:
             (6, [(_flags(), 12), (_ranks(), 12)]),
             (8, [(_signed(), 12), (_bulk(), 12)]),
             (8, [(_crest(), 12), (_nonfinite(), 12)]),
-            (8, [(_int8_noise(), 12), (_int8_zeroed(), 12)]),
+            (8, [(_noise(), 12), (_zeroed(), 12)]),
+            (8, [(_exceeded(), 12), (_first_exceeded(), 12)]),
             (9, [(_cards(), 12), (_reference(), 12)]),
         ]
     )

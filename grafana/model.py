@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from grafana.board import board, place
 from grafana.panels import Query, Text, lines, matrix, verdict
-from grafana.query import LAYERED, select, worst_margin
+from grafana.query import LAYERED, SHOWN_FORMAT, select, worst_margin
 from grafana.scales import DECADES, DECIBELS, NONE_GOOD, OCTAVES, SHARES, margin_steps
 
 from maxact_sidecar.headroom import MEANINGS
@@ -14,7 +14,8 @@ from maxact_sidecar.headroom import MEANINGS
 _LIMITS: Final = {
     "saturation": "the largest magnitude that the deployed scale represents",
     "range": "the absmax of the calibration card",
-    "resolution": "the absmax at whose INT-8 scale half of the elements round to zero",
+    "resolution": "the absmax at whose scale in the chosen format half of the elements round to zero (of a block "
+    "format: the largest of a block)",
     "fp16": "the largest finite fp16, 65504",
 }
 """What each meaning of headroom judges against."""
@@ -27,10 +28,12 @@ def _stats() -> list[tuple[Any, int]]:
     margins = Text(
         id=1,
         title="Smallest margin",
-        description="Smallest headroom ratio over its threshold, per meaning. Below 1 a flag is raised.",
+        description="Smallest headroom ratio over its threshold, per meaning and format. Below 1 a flag is raised.",
         unit="none",
     )
-    flags = Text(id=2, title="Raised flags", description="Sites with a raised flag, per meaning.", unit="short")
+    flags = Text(
+        id=2, title="Raised flags", description="Sites with a raised flag, per meaning and format.", unit="short"
+    )
     largest = Text(
         id=3,
         title="Largest absmax now",
@@ -45,12 +48,12 @@ def _stats() -> list[tuple[Any, int]]:
         unit="cps",
     )
     rate = f"sum by (phase) (rate({select('maxact_tokens_total', 'engine')}[$__rate_interval]))"
-    flag = f"sum by (meaning) ({select('maxact_headroom_flag', 'engine')})"
-    by_meaning = Query(expr=f"min by (meaning) ({worst_margin(scope='engine')})", legend="{{meaning}}")
+    flag = f"sum by (meaning, format) ({select('maxact_headroom_flag', 'engine')})"
+    smallest = Query(expr=f"min by (meaning, format) ({worst_margin(scope='engine')})", legend="{{meaning}} {{format}}")
     peak = Query(expr=f"max({select('maxact_absmax', 'engine')})")
     return [
-        (verdict(margins, [by_meaning], steps=margin_steps(), empty="no traffic"), 7),
-        (verdict(flags, [Query(expr=flag, legend="{{meaning}}")], steps=NONE_GOOD, empty="not judged"), 5),
+        (verdict(margins, [smallest], steps=margin_steps(), empty="no traffic"), 7),
+        (verdict(flags, [Query(expr=flag, legend="{{meaning}} {{format}}")], steps=NONE_GOOD, empty="not judged"), 5),
         (verdict(largest, [peak], empty="no traffic"), 4),
         (verdict(tokens, [Query(expr=rate, legend="{{phase}}")], empty="no traffic"), 8),
     ]
@@ -65,7 +68,8 @@ def _headroom(index: int, meaning: str) -> Any:
         f"Green: safe; {_FAR} stands for all that is farther away.",
         unit="none",
     )
-    margins = worst_margin(LAYERED, scope="engine", meaning=meaning)
+    of = [SHOWN_FORMAT] if meaning == "resolution" else []
+    margins = worst_margin(LAYERED, *of, scope="engine", meaning=meaning)
     expr = f"clamp_max(min by (layer, site) ({margins}), {_FAR})"
     return matrix(text, expr, steps=margin_steps(meaning), decimals=2)
 
@@ -81,27 +85,27 @@ def _against(id: int, title: str, description: str, upper: str, lower: str) -> A
     return matrix(text, expr, steps=OCTAVES, decimals=2)
 
 
-def _int8_noise() -> Any:
+def _noise() -> Any:
     text = Text(
         id=35,
-        title="INT-8 signal to noise: site by layer",
-        description="Signal to quantization noise with one INT-8 scale of absmax / 127 for the whole tensor, estimated "
+        title="Signal to quantization noise in $format: site by layer",
+        description="With one scale of absmax / qmax for the whole tensor (NVFP4: a scale per 16 elements), estimated "
         "from a sample of the last minutes. Red: below 10 dB.",
         unit="dB",
     )
-    expr = f"min by (layer, site) ({select('maxact_int8_sqnr_db', 'engine', LAYERED)})"
+    expr = f"min by (layer, site) ({select('maxact_sqnr_decibels', 'engine', LAYERED, SHOWN_FORMAT)})"
     return matrix(text, expr, steps=DECIBELS, decimals=0)
 
 
-def _int8_zeroed() -> Any:
+def _zeroed() -> Any:
     text = Text(
         id=36,
-        title="Rounded to zero by INT-8: site by layer",
-        description="Share of elements that become zero with one INT-8 scale of absmax / 127 for the whole tensor, "
-        "estimated from a sample of the last minutes.",
+        title="Rounded to zero in $format: site by layer",
+        description="Share of elements that become zero with one scale of absmax / qmax for the whole tensor (NVFP4: a "
+        "scale per 16 elements), estimated from a sample of the last minutes.",
         unit="percentunit",
     )
-    expr = f"max by (layer, site) ({select('maxact_int8_zeroed_ratio', 'engine', LAYERED)})"
+    expr = f"max by (layer, site) ({select('maxact_zeroed_ratio', 'engine', LAYERED, SHOWN_FORMAT)})"
     return matrix(text, expr, steps=SHARES, decimals=0)
 
 
@@ -120,8 +124,8 @@ def _heat_maps() -> list[Any]:
             "Crest factor",
             "Absmax over rms. Large: few outliers far above the bulk, which a per-tensor INT-8 scale rounds to zero.",
         ),
-        _int8_noise(),
-        _int8_zeroed(),
+        _noise(),
+        _zeroed(),
     ]
 
 
@@ -129,15 +133,15 @@ def _headroom_lines() -> Any:
     text = Text(
         id=50,
         title="Smallest headroom ratio over time",
-        description="Limit over absmax, the smallest site per model and meaning. Dashed: the threshold that raises "
-        "a flag.",
+        description="Limit over absmax, the smallest site per model, meaning and format. Dashed: the threshold that "
+        "raises a flag.",
         unit="none",
     )
-    ratio = f"min by (model_name, meaning) ({select('maxact_headroom_ratio', 'engine')})"
-    threshold = 'max by (meaning) (meaning:maxact_headroom_threshold_ratio:max{job=~"$job"})'
+    ratio = f"min by (model_name, meaning, format) ({select('maxact_headroom_ratio', 'engine')})"
+    threshold = 'max by (meaning, format) (meaning:maxact_headroom_threshold_ratio:max{job=~"$job"})'
     queries = [
-        Query(expr=ratio, legend="{{model_name}} {{meaning}}"),
-        Query(expr=threshold, legend="threshold {{meaning}}"),
+        Query(expr=ratio, legend="{{model_name}} {{meaning}} {{format}}"),
+        Query(expr=threshold, legend="threshold {{meaning}} {{format}}"),
     ]
     return lines(text, queries, log=True, dashed="/^threshold/")
 
@@ -187,6 +191,7 @@ def model() -> Any:
         ]
     )
     description = (
-        "Layer by site: margin to each flag, absmax now and ever, prefill against decode, crest factor, INT-8 error."
+        "Layer by site: margin to each flag, absmax now and ever, prefill against decode, crest factor, what a format "
+        "costs."
     )
-    return board("model", "maxact / Model", description, depth=4, panels=panels)
+    return board("model", "maxact / Model", description, depth=4, panels=panels, one_format=True)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from grafana.board import UIDS, board, place
 from grafana.panels import Column, Query, Text, lines, matrix, rows, states, value_mapping, verdict
-from grafana.query import LAYERED, margin, select, worst_margin, worst_ratio
+from grafana.query import INT8, LAYERED, margin, select, worst_margin, worst_ratio
 from grafana.scales import FLAG, NONE_GOOD, SHARES, UP, margin_steps
 
 SITE_LINK: Final = (
@@ -30,8 +30,8 @@ def _int8() -> Any:
         title="Is INT-8 safe now?",
         description="Sites with a raised flag. Clipping: activations leave the calibrated range, so that a static "
         "INT-8 scale made from the card in use clips, or they leave the range of the deployed scale. Resolution: one "
-        "scale for the whole tensor rounds most of it to zero. Unknown: a selected model is not judged (no card, too "
-        "few tokens), or no sidecar is scraped.",
+        "INT-8 scale for the whole tensor rounds most of it to zero. Unknown: a selected model is not judged (no card, "
+        "too few tokens), or no sidecar is scraped.",
         unit="suffix: sites",
     )
     said = value_mapping({"0": ("SAFE", "dark-green"), "-1": ("unknown", "#6e6e6e")})
@@ -44,7 +44,7 @@ def _int8() -> Any:
 
 def _unsafe(meanings: str) -> str:
     """Raised flags of these meanings; -1: unknown. One flag is enough for no, one model not judged for unknown."""
-    flags = select("maxact_headroom_flag", "site", f'meaning=~"{meanings}"')
+    flags = select("maxact_headroom_flag", "site", f'meaning=~"{meanings}"', 'format=~"|int8"')
     models = f"count by (model_name) ({select('maxact_rank_up', 'engine')})"
     unjudged = f"{models} unless on (model_name) count by (model_name) ({flags})"
     return f"sum({flags}) > 0 or sum({flags}) unless on () ({unjudged}) or vector(-1)"
@@ -54,12 +54,12 @@ def _worst() -> Any:
     text = Text(
         id=2,
         title="Smallest margin",
-        description="Smallest headroom ratio over its threshold, per meaning; while a flag is raised, the worst of the "
-        "last ten minutes. Below 1 a flag is raised. range: "
-        "against the calibration card; fp16: against the largest finite half.",
+        description="Smallest headroom ratio over its threshold, per meaning and format; while a flag is raised, the "
+        "worst of the last ten minutes. Below 1 a flag is raised. range: against the calibration card; fp16: against "
+        "the largest finite half.",
         unit="none",
     )
-    query = Query(expr=f"min by (meaning) ({worst_margin()})", legend="{{meaning}}")
+    query = Query(expr=f"min by (meaning, format) ({worst_margin()})", legend="{{meaning}} {{format}}")
     return verdict(text, [query], steps=margin_steps(), empty="no traffic")
 
 
@@ -104,7 +104,8 @@ def _fleet() -> Any:
         "selected here. A sidecar that cannot be scraped counts with its last state.",
         unit="short",
     )
-    query = Query(expr='sum by (meaning) (fleet:maxact_headroom_flags:sum{job=~"$job"})', legend="{{meaning}}")
+    flags = 'sum by (meaning, format) (fleet:maxact_headroom_flags:sum{job=~"$job"})'
+    query = Query(expr=flags, legend="{{meaning}} {{format}}")
     return verdict(text, [query], steps=NONE_GOOD, empty="no rules loaded")
 
 
@@ -160,11 +161,11 @@ def _resolution_sites() -> Any:
         "that become zero, and the margin to the flag. Below 1 it is raised; then the worst of the last ten minutes.",
         unit="none",
     )
-    worst = f"min without (meaning) (bottomk(15, {worst_margin(meaning='resolution')}))"
+    worst = f"min without (meaning) (bottomk(15, {worst_margin(INT8, meaning='resolution')}))"
     keep = "and on (job, instance, model_name, engine, layer, site)"
     queries = [
         Query(expr=worst),
-        Query(expr=f"max without () ({select('maxact_int8_zeroed_ratio', 'site')}) {keep} {worst}"),
+        Query(expr=f"max without () ({select('maxact_zeroed_ratio', 'site', INT8)}) {keep} {worst}"),
     ]
     columns = [
         *_PLACE,
@@ -178,12 +179,14 @@ def _trend() -> Any:
     text = Text(
         id=9,
         title="Smallest margin over time",
-        description="Smallest headroom ratio over its threshold, per model and meaning, on a logarithmic axis. The "
-        "dashed line at 1 is where flags are raised.",
+        description="Smallest headroom ratio over its threshold, per model, meaning and format, on a logarithmic axis. "
+        "The dashed line at 1 is where flags are raised.",
         unit="none",
     )
     queries = [
-        Query(expr=f"min by (model_name, meaning) ({margin()})", legend="{{model_name}} {{meaning}}"),
+        Query(
+            expr=f"min by (model_name, meaning, format) ({margin()})", legend="{{model_name}} {{meaning}} {{format}}"
+        ),
         Query(expr="vector(1)", legend="flag"),
     ]
     return lines(text, queries, log=True, dashed="flag")

@@ -9,6 +9,11 @@ Scope = Literal["target", "engine", "site"]
 LAYERED: Final = 'layer!=""'
 """Matcher of the sites in decoder layers; embedding and final_norm have none."""
 
+SHOWN_FORMAT: Final = 'format=~"$format"'
+"""Matcher of the one format that a board shows."""
+
+INT8: Final = 'format="int8"'
+
 MOST_LINES: Final = 24
 """Series in a panel where every site would be a line."""
 
@@ -28,12 +33,13 @@ def select(metric: str, scope: Scope, *more: str, **equal: str) -> str:
 
 
 def margin(*more: str, scope: Scope = "site", **equal: str) -> str:
-    """Headroom ratio over the threshold of its meaning: below 1 the flag is raised, whatever the threshold is."""
+    """Headroom ratio over the threshold of its criterion: below 1 the flag is raised, whatever the threshold is."""
     return _over_threshold(select("maxact_headroom_ratio", scope, *more, **equal))
 
 
 def _over_threshold(ratio: str) -> str:
-    return f"{ratio} / on (job, instance, meaning) group_left () {select('maxact_headroom_threshold_ratio', 'target')}"
+    threshold = select("maxact_headroom_threshold_ratio", "target")
+    return f"{ratio} / on (job, instance, meaning, format) group_left () {threshold}"
 
 
 def worst_ratio(*more: str, scope: Scope = "site", **equal: str) -> str:
@@ -43,7 +49,7 @@ def worst_ratio(*more: str, scope: Scope = "site", **equal: str) -> str:
 
 
 def worst_margin(*more: str, scope: Scope = "site", **equal: str) -> str:
-    """`worst_ratio` over the threshold of its meaning."""
+    """`worst_ratio` over the threshold of its criterion."""
     return _over_threshold(worst_ratio(*more, scope=scope, **equal))
 
 

@@ -20,7 +20,8 @@ Served at `/metrics`, as text or OpenMetrics, gzipped on request. Names are an i
 version only. A value that is not known is an absent series. `job` and `instance` are added by Prometheus.
 
 Labels: `layer` is the global index of the decoder layer, absent for `embedding` and `final_norm`; `phase` is `first`
-(position 0 of a sequence), `prefill` or `decode`; `meaning` is what headroom is judged against, {meanings}.
+(position 0 of a sequence), `prefill` or `decode`; `meaning` is what headroom is judged against, {meanings};
+`format` is a [number format](formats.md), absent where a meaning has none.
 A gauge tells of the last {hold:g} s (`--hold`), at least of half of them. The series of an engine disappear {stale:g} s
 (`--stale`) after its last worker left; while one of several workers is away, its `maxact_rank_up` is 0 and its values
 fade from the gauges. A scrape has at most {max_series:,} series (`--max-series`); `maxact_series_dropped_total` counts
@@ -72,7 +73,7 @@ federation and long storage.
 """
 
 RECORDED = {
-    "meaning:maxact_headroom_threshold_ratio:max": "Threshold of each meaning",
+    "meaning:maxact_headroom_threshold_ratio:max": "Threshold of each meaning and format",
     "maxact:drift_ratio:floor": "Threshold: share of the calibrated range that counts as near its end",
     "maxact:drift_ratio:growth": "Threshold: growth over the mean of the day before",
     "maxact:window_age_seconds:limit": "Threshold: silence of a connected worker",

@@ -41,8 +41,8 @@ class Format:
     """Smallest magnitude above zero, and the distance to the next."""
     mantissa_bits: int | None
     """Of normal numbers; None where all steps are alike."""
-    block: int | None = None
-    """Elements that share a scale; None: the whole tensor."""
+    block: int = 0
+    """Consecutive elements that share a scale; 0: the whole tensor."""
     block_scale: Format | None = None
     """Format of a block's scale, over one scale for the whole tensor."""
     source: str
@@ -109,8 +109,8 @@ FORMATS: Final = {
             mantissa_bits=1,
             block=16,
             block_scale=_E4M3,
-            source="OCP Microscaling Formats Specification 1.0, E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6; NVIDIA NVFP4: an E4M3 "
-            "scale per 16 elements over one FP32 scale absmax / (6 x 448) per tensor",
+            source="OCP Microscaling Formats Specification 1.0: E2M1 is 0, 0.5, 1, 1.5, 2, 3, 4, 6; NVIDIA NVFP4: an "
+            "E4M3 scale per 16 elements over one FP32 scale absmax / (6 x 448) per tensor",
         ),
     )
 }

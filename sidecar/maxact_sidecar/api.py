@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from maxact_proto import stats
 from maxact_sidecar import merge
 from maxact_sidecar.card import CardTokens, LoadedCard
-from maxact_sidecar.headroom import MEANINGS, Floats
+from maxact_sidecar.headroom import Floats
 from maxact_sidecar.history import History
 from maxact_sidecar.snapshot import SiteKey, Snapshot
 
@@ -61,6 +61,15 @@ class PhaseView(BaseModel):
     absmax_high_water: float | None
 
 
+class FormatView(BaseModel):
+    """What a number format costs a site at the scale of its absmax, estimated from a sample."""
+
+    headroom_ratio: float | None
+    """Of the meaning ``resolution``."""
+    sqnr_decibels: float | None
+    zeroed_ratio: float | None
+
+
 class SiteView(BaseModel):
     """One site of one engine."""
 
@@ -74,25 +83,38 @@ class SiteView(BaseModel):
     absmax: float | None
     absmax_high_water: float | None
     headroom: dict[str, float | None]
-    int8_zeroed_ratio: float | None
-    int8_sqnr_db: float | None
+    """By meaning, of those that are not of a format."""
+    formats: dict[str, FormatView]
 
 
 class FlagView(BaseModel):
-    """One headroom flag, raised now or before."""
+    """One headroom flag, raised now or before, and how often its threshold was exceeded.
+
+    Times are seconds since the epoch. A window is one worker's; windows count from the first that exceeded on.
+    """
 
     model: str
     engine: str
     layer: int | None
     site: str
     meaning: str
-    phase: str
+    format: str | None
+    """Of ``resolution``."""
+    phase: str | None
+    """Of the worst value; null in a block format."""
     absmax: float
     limit: float
     headroom_ratio: float
     threshold: float
     since: float
     last_exceeded: float
+    first_exceeded: float
+    windows: int
+    windows_exceeded: int
+    exceeded_ratio: float | None
+    """Share of windows that exceeded."""
+    phases_exceeded: dict[str, int]
+    """Windows that exceeded in each phase; empty in a block format."""
     active: bool
 
 
@@ -172,7 +194,10 @@ def _view_engine_sites(snapshot: Snapshot) -> list[SiteView]:
         "absmax_high_water": snapshot.high_water,
     }
     tokens, nonfinite = hold.sums[merge.TOKENS], snapshot.nonfinite
-    zeroed, sqnr = snapshot.int8_zeroed_ratio, snapshot.int8_sqnr_db
+    zeroed, sqnr = snapshot.zeroed_ratio, snapshot.sqnr_decibels
+    names = [number.name for number in snapshot.formats]
+    plain = [(row, each.meaning) for row, each in enumerate(snapshot.criteria) if not each.format]
+    resolution = [row for row, each in enumerate(snapshot.criteria) if each.format]
     peak, high_water, headroom = snapshot.absmax, snapshot.high_water.max(axis=0), snapshot.headroom_ratio
     return [
         SiteView(
@@ -192,9 +217,15 @@ def _view_engine_sites(snapshot: Snapshot) -> list[SiteView]:
             },
             absmax=_known(peak[index]),
             absmax_high_water=_known(high_water[index]),
-            headroom={meaning: _known(headroom[row, index]) for row, meaning in enumerate(MEANINGS)},
-            int8_zeroed_ratio=_known(zeroed[index]),
-            int8_sqnr_db=_known(sqnr[index]),
+            headroom={meaning: _known(headroom[row, index]) for row, meaning in plain},
+            formats={
+                name: FormatView(
+                    headroom_ratio=_known(headroom[row, index]),
+                    sqnr_decibels=_known(sqnr[number, index]),
+                    zeroed_ratio=_known(zeroed[number, index]),
+                )
+                for number, (name, row) in enumerate(zip(names, resolution, strict=True))
+            },
         )
         for index, (layer, name) in enumerate(snapshot.keys)
     ]
@@ -213,7 +244,8 @@ def view_flags(snapshots: Iterable[Snapshot]) -> list[FlagView]:
             engine=snapshot.engine,
             layer=snapshot.keys[flag.site][0],
             site=snapshot.keys[flag.site][1],
-            meaning=flag.meaning,
+            meaning=flag.criterion.meaning,
+            format=flag.criterion.format or None,
             phase=flag.phase,
             absmax=flag.absmax,
             limit=flag.limit,
@@ -221,6 +253,11 @@ def view_flags(snapshots: Iterable[Snapshot]) -> list[FlagView]:
             threshold=flag.threshold,
             since=flag.since,
             last_exceeded=flag.last_exceeded,
+            first_exceeded=flag.first_exceeded,
+            windows=flag.windows,
+            windows_exceeded=flag.windows_exceeded,
+            exceeded_ratio=flag.exceeded_ratio,
+            phases_exceeded=flag.phases_exceeded,
             active=flag.active,
         )
         for snapshot in snapshots

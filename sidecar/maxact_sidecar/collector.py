@@ -23,18 +23,18 @@ from maxact_sidecar import merge
 from maxact_sidecar.card import LoadedCard
 from maxact_sidecar.config import Settings
 from maxact_sidecar.families import (
+    CRITERION,
     DETAIL,
     ENGINE,
     FAMILIES,
-    JUDGED,
-    PHASED,
+    FORMATTED,
     RANK,
     RANK_PHASED,
     SITE,
     Family,
     SelfMetrics,
 )
-from maxact_sidecar.headroom import MEANINGS, Floats
+from maxact_sidecar.headroom import Criterion, Floats
 from maxact_sidecar.snapshot import RankDetail, SiteKey, Snapshot
 
 TEXT: Final = text_format.CONTENT_TYPE_LATEST
@@ -107,7 +107,7 @@ class Collector:
         self, family: Family, snapshots: Sequence[Snapshot], cards: Sequence[LoadedCard]
     ) -> Iterable[tuple[object, Callable[[], Sequence[str]], Floats]]:
         """Per template: what it depends on, its label sets, and the values; NaN where there is no series."""
-        if family.labels in (SITE, PHASED, JUDGED):
+        if family.labels[: len(SITE)] == SITE:
             for snapshot in snapshots:
                 values = _SITE_VALUES[family.name](snapshot).ravel()
                 yield snapshot.keys, partial(_site_sets, snapshot, family.labels), values
@@ -117,9 +117,9 @@ class Collector:
         elif family.labels in (RANK, ENGINE, (*ENGINE, "phase")):
             for snapshot in snapshots:
                 yield None, *_engine_series(family.name, snapshot)
-        elif family.labels == ("meaning",):
+        elif family.labels == CRITERION:
             thresholds = self._settings.thresholds
-            names = [f'meaning="{meaning}"' for meaning in thresholds]
+            names = [_criterion_labels(criterion) for criterion in thresholds]
             yield None, lambda: names, np.array([threshold.raise_below for threshold in thresholds.values()])
         elif family.name == "maxact_card_info":
             yield None, lambda: [_card_labels(card) for card in cards], np.ones(len(cards))
@@ -128,12 +128,20 @@ class Collector:
 
 
 def _site_sets(snapshot: Snapshot, labels: tuple[str, ...]) -> list[str]:
-    """Label sets in the order of ``[sites]``, ``[phases, sites]`` or ``[meanings, sites]``. Made anew when needed."""
+    """Label sets in the order of `_SITE_VALUES`. Made anew when needed."""
     sites = [_site_labels(snapshot, key) for key in snapshot.keys]
-    if labels == SITE:
-        return sites
-    names, values = ("phase", stats.PHASES) if labels == PHASED else ("meaning", tuple(MEANINGS))
-    return [f'{site},{names}="{value}"' for value in values for site in sites]
+    criteria = [_criterion_labels(criterion) for criterion in snapshot.criteria]
+    formats = [f'format="{number.name}"' for number in snapshot.formats]
+    phases = [f'phase="{phase}"' for phase in stats.PHASES]
+    for values, there in ((criteria, "meaning" in labels), (formats, labels == FORMATTED), (phases, "phase" in labels)):
+        if there:
+            sites = [f"{each},{value}" for value in values for each in sites]
+    return sites
+
+
+def _criterion_labels(criterion: Criterion) -> str:
+    own = f',format="{criterion.format}"' if criterion.format else ""
+    return f'meaning="{criterion.meaning}"{own}'
 
 
 def _site_labels(snapshot: Snapshot, key: SiteKey) -> str:
@@ -189,8 +197,8 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
     "maxact_rms": lambda snapshot: snapshot.hold.rms,
     "maxact_mean_abs": lambda snapshot: snapshot.hold.mean_abs,
     "maxact_crest_ratio": lambda snapshot: snapshot.hold.crest_ratio,
-    "maxact_int8_zeroed_ratio": lambda snapshot: snapshot.int8_zeroed_ratio,
-    "maxact_int8_sqnr_db": lambda snapshot: snapshot.int8_sqnr_db,
+    "maxact_zeroed_ratio": lambda snapshot: snapshot.zeroed_ratio,
+    "maxact_sqnr_decibels": lambda snapshot: snapshot.sqnr_decibels,
     "maxact_saturation_ratio": lambda snapshot: np.where(snapshot.counted, snapshot.hold.saturation_ratio, np.nan),
     "maxact_saturated_total": lambda snapshot: _counts(snapshot, snapshot.total.counts[..., stats.SATURATED]),
     "maxact_zeroed_total": lambda snapshot: _counts(snapshot, snapshot.total.counts[..., stats.ZEROED]),
@@ -202,8 +210,28 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
     "maxact_headroom_flag_since_timestamp_seconds": lambda snapshot: np.where(
         snapshot.active, snapshot.flags["since"], np.nan
     ),
+    "maxact_headroom_first_exceeded_timestamp_seconds": lambda snapshot: _of_exceeded(snapshot, "first_exceeded"),
+    "maxact_headroom_windows_total": lambda snapshot: _of_exceeded(snapshot, "windows"),
+    "maxact_headroom_windows_exceeded_total": lambda snapshot: _of_exceeded(snapshot, "windows_exceeded"),
+    "maxact_headroom_phase_windows_exceeded_total": lambda snapshot: _of_phases(snapshot),
 }
-"""``[sites]``, ``[phases, sites]`` or ``[meanings, sites]``; what is not finite has no series."""
+"""``[sites]``, ``[phases, sites]``, ``[criteria, sites]``, ``[phases, criteria, sites]`` or ``[formats, sites]``.
+
+What is not finite has no series.
+"""
+
+
+def _of_exceeded(snapshot: Snapshot, column: str) -> Floats:
+    """``[criteria, sites]``: a column of flags that were ever raised."""
+    return np.where(snapshot.flags["first_exceeded"] > 0, snapshot.flags[column], np.nan)
+
+
+def _of_phases(snapshot: Snapshot) -> Floats:
+    """``[phases, criteria, sites]``: windows that exceeded in a phase, of flags that know phases."""
+    of_phases = np.moveaxis(snapshot.flags["phases_exceeded"], -1, 0).astype(np.float64)
+    known = (snapshot.flags["first_exceeded"] > 0) & (snapshot.flags["phase"] >= 0)
+    return np.where(known, of_phases, np.nan)
+
 
 _DETAIL_VALUES: Final[Mapping[str, Callable[[RankDetail], Floats]]] = {
     "maxact_rank_absmax": lambda detail: detail.absmax,

@@ -6,14 +6,16 @@ Everything that can be set is here; file, variables and command line only fill i
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from maxact_sidecar.headroom import MEANINGS, Threshold
+from maxact_proto.formats import FORMATS
+from maxact_sidecar.headroom import MEANINGS, Criterion, Threshold, criteria
 
 DEFAULT_GRPC: Final = "127.0.0.1:4471"
 DEFAULT_HTTP: Final = "127.0.0.1:9471"
@@ -85,6 +87,35 @@ def parse_card_source(text: object) -> CardSource:
     return CardSource(Path(path), model)
 
 
+def parse_formats(value: object) -> tuple[str, ...]:
+    """Names of formats, a list or separated by commas. Raises `ValueError`."""
+    if not isinstance(value, (str, list, tuple)):
+        raise ValueError(f"{value!r} is not a list of formats; formats are {', '.join(FORMATS)}")
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    for name in names:
+        if name not in FORMATS:
+            raise ValueError(f"{name!r} is not a format; formats are {', '.join(FORMATS)}")
+    return tuple(dict.fromkeys(names))
+
+
+def parse_thresholds(value: object) -> dict[str, float]:
+    """A headroom ratio per format, of ``R`` for all, ``FORMAT=R,FORMAT=R``, or a mapping. Raises `ValueError`."""
+    default = MEANINGS["resolution"].raise_below
+    given: Mapping[Any, Any] = value if isinstance(value, Mapping) else dict.fromkeys(FORMATS, value)
+    if isinstance(value, str) and "=" in value:
+        given = {name: ratio for name, _, ratio in (part.partition("=") for part in value.split(","))}
+    try:
+        ratios = {str(name).strip(): float(ratio) for name, ratio in given.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"{value!r} is no ratio; write R for all formats, or FORMAT=R,FORMAT=R") from None
+    for name, ratio in ratios.items():
+        if name not in FORMATS:
+            raise ValueError(f"{name!r} is not a format; formats are {', '.join(FORMATS)}")
+        if not 0 < ratio < math.inf:
+            raise ValueError(f"{ratio:g} is not above 0")
+    return dict.fromkeys(FORMATS, default) | ratios
+
+
 def _option(default: Any, metavar: str, description: str, **limits: Any) -> Any:
     return Field(
         default=default,
@@ -120,8 +151,13 @@ class Settings(BaseModel):
     flag_hold: float = _option(60.0, "S", "A flag stays up at least so many seconds.", ge=0)
     range_threshold: float = _threshold("range")
     fp16_threshold: float = _threshold("fp16")
-    resolution_threshold: float = _threshold("resolution")
     saturation_threshold: float = _threshold("saturation")
+    formats: Annotated[tuple[str, ...], BeforeValidator(parse_formats)] = _option(
+        "int8", "F,F", f"Formats whose resolution is judged, of {', '.join(FORMATS)}."
+    )
+    resolution_threshold: Annotated[dict[str, float], BeforeValidator(parse_thresholds)] = _option(
+        "1", "[F=]R", "Raise a resolution flag below this headroom ratio; F=R,F=R for single formats."
+    )
     max_series: int = _option(200_000, "N", "Series per scrape; more are dropped and counted.", ge=1)
     max_streams: int = _option(1024, "N", "Workers served at once; more are refused.", ge=1)
     tls_cert: Path | None = _option(None, "PEM", "Certificate of both servers, with what leads to its authority.")
@@ -162,9 +198,13 @@ class Settings(BaseModel):
         return self
 
     @property
-    def thresholds(self) -> dict[str, Threshold]:
-        """Raise and clear thresholds per meaning; the distance between the two is that of the defaults."""
-        return {name: default.scaled_to(getattr(self, f"{name}_threshold")) for name, default in MEANINGS.items()}
+    def thresholds(self) -> dict[Criterion, Threshold]:
+        """Raise and clear thresholds per criterion; the distance between the two is that of the defaults."""
+        return {criterion: self._threshold_of(criterion) for criterion in criteria(self.formats)}
+
+    def _threshold_of(self, criterion: Criterion) -> Threshold:
+        given = getattr(self, f"{criterion.meaning}_threshold")
+        return MEANINGS[criterion.meaning].scaled_to(given[criterion.format] if criterion.format else given)
 
 
 def make_settings(**values: Any) -> Settings:

@@ -23,7 +23,9 @@ from maxact_sidecar import __version__
 
 SITE: Final = ("model_name", "engine", "layer", "site")
 PHASED: Final = (*SITE, "phase")
-JUDGED: Final = (*SITE, "meaning")
+FORMATTED: Final = (*SITE, "format")
+CRITERION: Final = ("meaning", "format")
+JUDGED: Final = (*SITE, *CRITERION)
 RANK: Final = ("model_name", "engine", "rank")
 ENGINE: Final = ("model_name", "engine")
 RANK_PHASED: Final = (*RANK, "layer", "site", "phase")
@@ -108,10 +110,10 @@ FAMILIES: Final = (
     Family(
         "maxact_headroom_threshold_ratio",
         "gauge",
-        ("meaning",),
+        CRITERION,
         "ratio",
         "A flag is raised when the headroom ratio falls below this",
-        "max by (meaning) (maxact_headroom_threshold_ratio)",
+        "max by (meaning, format) (maxact_headroom_threshold_ratio)",
     ),
     Family(
         "maxact_headroom_flag",
@@ -119,7 +121,7 @@ FAMILIES: Final = (
         JUDGED,
         "",
         "1 while the headroom flag is raised, else 0",
-        "sum by (model_name, meaning) (maxact_headroom_flag)",
+        "sum by (model_name, meaning, format) (maxact_headroom_flag)",
     ),
     Family(
         "maxact_headroom_flag_since_timestamp_seconds",
@@ -130,11 +132,43 @@ FAMILIES: Final = (
         "time() - maxact_headroom_flag_since_timestamp_seconds",
     ),
     Family(
+        "maxact_headroom_first_exceeded_timestamp_seconds",
+        "gauge",
+        JUDGED,
+        "seconds",
+        "When a window was first beyond the threshold, over restarts; only where one was",
+        'topk(10, maxact_headroom_first_exceeded_timestamp_seconds{meaning="range"})',
+    ),
+    Family(
+        "maxact_headroom_windows_total",
+        "counter",
+        JUDGED,
+        "windows",
+        "Windows with tokens since one was first beyond the threshold; every worker has its own",
+        'rate(maxact_headroom_windows_total{meaning="range"}[1h])',
+    ),
+    Family(
+        "maxact_headroom_windows_exceeded_total",
+        "counter",
+        JUDGED,
+        "windows",
+        "Of these windows, those beyond the threshold",
+        "rate(maxact_headroom_windows_exceeded_total[1h]) / rate(maxact_headroom_windows_total[1h])",
+    ),
+    Family(
+        "maxact_headroom_phase_windows_exceeded_total",
+        "counter",
+        (*JUDGED, "phase"),
+        "windows",
+        "Of these windows, those beyond the threshold in a phase; not in a block format",
+        "sum by (phase) (increase(maxact_headroom_phase_windows_exceeded_total[1h]))",
+    ),
+    Family(
         "maxact_headroom_ratio",
         "gauge",
         JUDGED,
         "ratio",
-        "Limit / absmax over the hold horizon; < 1: beyond it",
+        "Limit / absmax over the hold horizon; < 1: beyond it. In a block format, of the largest of a typical block",
         'bottomk(10, maxact_headroom_ratio{meaning="range"})',
     ),
     Family(
@@ -146,20 +180,20 @@ FAMILIES: Final = (
         'maxact_headroom_limit{meaning="saturation"} / 127',
     ),
     Family(
-        "maxact_int8_zeroed_ratio",
+        "maxact_zeroed_ratio",
         "gauge",
-        SITE,
+        FORMATTED,
         "ratio",
-        "Share of elements that round to zero at the INT-8 scale absmax / 127, estimated from a sample",
-        "topk(10, maxact_int8_zeroed_ratio)",
+        "Share of elements that round to zero in a format at the scale of absmax, estimated from a sample",
+        'topk(10, maxact_zeroed_ratio{format="int8"})',
     ),
     Family(
-        "maxact_int8_sqnr_db",
+        "maxact_sqnr_decibels",
         "gauge",
-        SITE,
+        FORMATTED,
         "dB",
-        "Signal to quantization noise of INT-8 at the scale absmax / 127, estimated from a sample",
-        "maxact_int8_sqnr_db < 20",
+        "Signal to quantization noise of a format at the scale of absmax, estimated from a sample",
+        'maxact_sqnr_decibels{format="int8"} < 20',
     ),
     Family(
         "maxact_saturation_ratio",

@@ -91,7 +91,7 @@ async def _serve(settings: Settings, read: Callable[[], Settings], metrics: Self
         await grpc_server.stop(grace=_GRACE_SECONDS)
         await http_task
         await settle_task
-        await _remember(fleet, store)
+        await _remember(fleet, store, all_windows=True)
 
 
 def _allow_files(num_connections: int) -> None:
@@ -134,6 +134,7 @@ def _reload(started: Settings, read: Callable[[], Settings], fleet: Fleet, colle
     fixed = [name for name in _FIXED if getattr(settings, name) != getattr(started, name)]
     if fixed:
         _log.warning("needs a restart to change settings=%(settings)s", {"settings": ",".join(fixed)})
+        settings = settings.model_copy(update={name: getattr(started, name) for name in fixed})
     fleet.use_settings(settings, clock())
     fleet.configure_cards(cards, clock())
     collector.use_settings(settings)
@@ -149,11 +150,15 @@ async def _settle(fleet: Fleet, store: Store | None, http_server: HttpServer, st
         await _remember(fleet, store)
 
 
-async def _remember(fleet: Fleet, store: Store | None) -> None:
+async def _remember(fleet: Fleet, store: Store | None, *, all_windows: bool = False) -> None:
     """Write what changed, on a thread: the disk may be slow."""
     if store:
         engines, loaded = fleet.engines, [card for card in fleet.cards if not card.configured]
-        await asyncio.to_thread(lambda: store.save({key: each.memory() for key, each in engines.items()}, loaded))
+
+        def write() -> None:
+            store.save({key: each.memory() for key, each in engines.items()}, loaded, all_windows=all_windows)
+
+        await asyncio.to_thread(write)
 
 
 @contextlib.contextmanager

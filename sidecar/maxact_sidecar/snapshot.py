@@ -1,6 +1,6 @@
 """Hop 7/9: one engine at one moment, immutable; what is derived from statistics is computed when asked for.
 
-P phases, S sites, M meanings.
+P phases, S sites, M criteria, F formats.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from maxact_proto import wire
+from maxact_proto.formats import FORMATS, Format
 from maxact_sidecar import headroom, merge, resolution
-from maxact_sidecar.headroom import Evidence, Floats
+from maxact_sidecar.headroom import Criterion, Evidence, Floats
 
 SiteKey = tuple[int | None, str]
 """(layer, site name)."""
@@ -81,8 +82,12 @@ class Snapshot:
     ranks: tuple[RankSnapshot, ...]
     histogram: npt.NDArray[np.float32]
     """``[S, bins]``: elements by magnitude over the last minutes, all phases."""
+    criteria: tuple[Criterion, ...]
+    """``[M]``."""
     limit: npt.NDArray[np.float64]
     """``[M, S]``: NaN where not judged."""
+    typical: npt.NDArray[np.float64]
+    """``[M, S]``: what is judged in place of the absmax in a block format, the largest of a typical block; else NaN."""
     flags: headroom.FlagTable
     """``[M, S]``."""
 
@@ -93,16 +98,26 @@ class Snapshot:
         return np.where(np.isfinite(absmax), absmax, np.float32(np.nan))
 
     @property
-    def int8_zeroed_ratio(self) -> Floats:
-        """``[S]``: share of elements that round to zero at the scale absmax / 127; NaN where nothing was counted."""
-        return resolution.zeroed_ratio(self.histogram, self.absmax / resolution.INT8_QMAX)
+    def formats(self) -> tuple[Format, ...]:
+        """``[F]``: whose cost is estimated."""
+        return tuple(FORMATS[criterion.format] for criterion in self.criteria if criterion.format)
 
     @property
-    def int8_sqnr_db(self) -> Floats:
-        """``[S]``: signal to noise of INT-8 at the scale absmax / 127; NaN where nothing was counted."""
+    def zeroed_ratio(self) -> Floats:
+        """``[F, S]``: share of elements that round to zero at the scale of absmax; NaN where nothing was counted."""
+        return self._per_format([resolution.zeroed_ratio(self.histogram, self.absmax, each) for each in self.formats])
+
+    @property
+    def sqnr_decibels(self) -> Floats:
+        """``[F, S]``: signal to quantization noise at the scale of absmax; NaN where nothing was counted."""
         elements = self.hold.elements.sum(axis=0)
         power = self.hold.sums[merge.SQUARES].sum(axis=0) / np.where(elements > 0, elements, np.nan)
-        return resolution.sqnr_db(power, resolution.noise_power(self.histogram, self.absmax / resolution.INT8_QMAX))
+        return self._per_format(
+            [resolution.sqnr_decibels(self.histogram, self.absmax, power, each) for each in self.formats]
+        )
+
+    def _per_format(self, values: list[Floats]) -> Floats:
+        return np.array(values).reshape(len(values), len(self.keys))
 
     @property
     def counted(self) -> npt.NDArray[np.bool_]:
@@ -114,7 +129,7 @@ class Snapshot:
     @property
     def headroom_ratio(self) -> npt.NDArray[np.float64]:
         """``[M, S]``: limit / absmax over the hold horizon; NaN where not judged or without tokens."""
-        return headroom.ratio(self.limit, self.absmax)
+        return headroom.ratio(self.limit, headroom.magnitude(self.absmax, self.typical))
 
     @property
     def active(self) -> npt.NDArray[np.bool_]:
@@ -125,7 +140,7 @@ class Snapshot:
     @property
     def evidence(self) -> list[Evidence]:
         """Flags that were ever raised."""
-        return headroom.list_flags(self.flags)
+        return headroom.list_flags(self.flags, self.criteria)
 
     @property
     def judged(self) -> npt.NDArray[np.bool_]:

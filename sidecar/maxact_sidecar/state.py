@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from maxact_proto import stats, wire
+from maxact_proto.formats import FORMATS, FP16_LIMIT
 from maxact_sidecar import headroom, merge, resolution
 from maxact_sidecar.config import Settings
-from maxact_sidecar.headroom import FP16_LIMIT, Evidence, Flags, Instant
+from maxact_sidecar.headroom import Evidence, Flags, Instant
 from maxact_sidecar.history import Current
 from maxact_sidecar.snapshot import RankDetail, RankSnapshot, SiteKey, Snapshot, peak
 from maxact_sidecar.store import Memory, empty_memory, recall
@@ -53,7 +55,7 @@ class Engine:
         """Steady seconds since the last rank left; None while one is connected."""
         self._half_horizon = settings.hold / 2
         self._range_limits = limits
-        self._remembered = memory or empty_memory(())
+        self._remembered = memory or empty_memory((), ())
         self._lock = threading.Lock()
         self._ranks: dict[str, merge.RankState] = {}
         self._positions: dict[SiteKey, int] = {}
@@ -115,8 +117,9 @@ class Engine:
         """`memory`, and what came from before but was not observed since."""
         own = self._memory()
         others = tuple(key for key in self._remembered.keys if key not in self._positions)
-        rest = recall(self._remembered, others)
+        rest = recall(self._remembered, others, own.criteria)
         return Memory(
+            criteria=own.criteria,
             keys=(*own.keys, *others),
             high_water=np.concatenate([own.high_water, rest.high_water], axis=1),
             flags=np.concatenate([own.flags, rest.flags], axis=1),
@@ -128,7 +131,7 @@ class Engine:
         for key in fresh:
             self._positions[key] = len(self._positions)
         index = np.array([self._positions[key] for key in keys])
-        known = recall(self._remembered, fresh)
+        known = recall(self._remembered, fresh, self._flags.criteria)
         self._high_water = np.concatenate([self._high_water, known.high_water], axis=1)
         self._flags.add_sites(known.flags)
         none = np.zeros(len(stats.PHASES))
@@ -153,19 +156,28 @@ class Engine:
         self._sites = tuple(table[key] for key in self._keys)
 
     def _set_limits(self) -> None:
-        limits = np.full((len(headroom.MEANINGS), len(self._keys)), np.nan)
-        of = dict(zip(headroom.MEANINGS, limits, strict=True))
-        of["range"][:] = [self._range_limits.get(key, np.nan) for key in self._keys]
-        of["fp16"][:] = FP16_LIMIT
+        limits, typical = (np.full((len(self._flags.criteria), len(self._keys)), np.nan) for _ in range(2))
         histogram = np.add(*self._histograms)
         quantized = np.array([name in resolution.INPUTS_OF_LINEAR_LAYERS for _, name in self._keys])
         enough = histogram.sum(axis=-1) >= [_FEWEST_TOKENS * site.width for site in self._sites]
-        # After a restart there is no histogram at first: a raised flag goes on with the limit it was raised at.
-        flags = self._flags.table[tuple(of).index("resolution")]
-        former = np.where(flags["active"], flags["limit"], np.nan)
-        of["resolution"][:] = np.where(quantized & enough, resolution.median_limit(histogram), former)
-        of["saturation"][:] = [np.nan if site.limit is None else site.limit for site in self._sites]
-        self._flags.set_limits(limits)
+        median = resolution.median(histogram)
+        for row, criterion in enumerate(self._flags.criteria):
+            match criterion.meaning:
+                case "range":
+                    limits[row] = [self._range_limits.get(key, np.nan) for key in self._keys]
+                case "fp16":
+                    limits[row] = FP16_LIMIT
+                case "saturation":
+                    limits[row] = [np.nan if site.limit is None else site.limit for site in self._sites]
+                case "resolution":
+                    number = FORMATS[criterion.format]
+                    # After a restart there is no histogram at first: a raised flag goes on as it was raised.
+                    worst, limit = self._flags.raised_at(row)
+                    limits[row] = np.where(quantized & enough, resolution.limit(median, number), limit)
+                    if number.block:
+                        largest = resolution.typical_block_maximum(histogram, number)
+                        typical[row] = np.where(quantized & enough, largest, worst)
+        self._flags.set_limits(limits, typical)
 
     def set_range_limits(self, limits: Mapping[SiteKey, float], now: Instant) -> None:
         """Judge ``range`` against these from now on, what is in the hold horizon included."""
@@ -183,7 +195,7 @@ class Engine:
 
     def _judge_again(self, now: Instant) -> list[Evidence]:
         self._set_limits()
-        return self._flags.observe(self._hold_extrema(now), slice(None), now)
+        return self._flags.observe(self._hold_extrema(now), slice(None), now, count=False)
 
     def memory(self) -> Memory:
         """What is to outlive the engine's workers and this process."""
@@ -194,7 +206,7 @@ class Engine:
         high_water = self._high_water.copy()
         for rank in self._ranks.values():
             high_water[:, rank.index] = np.maximum(high_water[:, rank.index], rank.lifetime.max(axis=0))
-        return Memory(keys=self._keys, high_water=high_water, flags=self._flags.table.copy())
+        return Memory(criteria=self._flags.criteria, keys=self._keys, high_water=high_water, flags=self._flags.table)
 
     def detach(self, rank: merge.RankState, now: Instant) -> None:
         """A stream of this worker ended."""
@@ -213,7 +225,7 @@ class Engine:
             self._coalesced += window.coalesced
             if window.histogram is not None:
                 self._add_histogram(window.histogram, rank.index, now)
-            raised = self._flags.observe(extrema, rank.index, now)
+            raised = self._flags.observe(extrema, rank.index, now, count=True)
         self._announce("raised", raised)
         return True
 
@@ -269,8 +281,10 @@ class Engine:
                 coalesced=self._coalesced,
                 ranks=tuple(_rank_snapshot(rank) for rank in ranks),
                 histogram=np.add(*self._histograms),
+                criteria=flags.criteria,
                 limit=flags.limit,
-                flags=flags.table.copy(),
+                typical=flags.typical,
+                flags=flags.table,
             )
         if ranks_apart:
             details = [_detail(*each) for each in zip(ranks, holds, totals, strict=True)]
@@ -305,20 +319,26 @@ class Engine:
         for flag in flags:
             layer, name = self._keys[flag.site]
             _log.warning(
-                f"flag {event} meaning=%(meaning)s model=%(model)s engine=%(engine)s layer=%(layer)s site=%(site)s "
-                "phase=%(phase)s absmax=%(absmax).3g limit=%(limit).3g headroom_ratio=%(headroom_ratio).3g "
-                "threshold=%(threshold)g",
+                f"flag {event} meaning=%(meaning)s format=%(format)s model=%(model)s engine=%(engine)s "
+                "layer=%(layer)s site=%(site)s phase=%(phase)s absmax=%(absmax).3g limit=%(limit).3g "
+                "headroom_ratio=%(headroom_ratio).3g threshold=%(threshold)g first_exceeded=%(first_exceeded)s "
+                "windows_exceeded=%(windows_exceeded)d windows=%(windows)d phases_exceeded=%(phases_exceeded)s",
                 {
-                    "meaning": flag.meaning,
+                    "meaning": flag.criterion.meaning,
+                    "format": flag.criterion.format or "-",
                     "model": self.model,
                     "engine": self.label,
                     "layer": "-" if layer is None else layer,
                     "site": name,
-                    "phase": flag.phase,
+                    "phase": flag.phase or "-",
                     "absmax": flag.absmax,
                     "limit": flag.limit,
                     "headroom_ratio": flag.headroom_ratio,
                     "threshold": flag.threshold,
+                    "first_exceeded": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(flag.first_exceeded)),
+                    "windows_exceeded": flag.windows_exceeded,
+                    "windows": flag.windows,
+                    "phases_exceeded": ",".join(f"{each}:{n}" for each, n in flag.phases_exceeded.items()) or "-",
                 },
             )
 

@@ -30,7 +30,7 @@ from maxact_proto import stats
 from maxact_sidecar.card import Card, LoadedCard
 from maxact_sidecar.config import ConfigError
 from maxact_sidecar.families import SelfMetrics
-from maxact_sidecar.headroom import FLAG, MEANINGS, FlagTable, Instant
+from maxact_sidecar.headroom import ALL_CRITERIA, FLAG, Criterion, FlagTable, Instant
 from maxact_sidecar.snapshot import SiteKey
 
 EngineKey = tuple[str, str]
@@ -54,11 +54,31 @@ _MIGRATIONS: Final = (
         model TEXT, name TEXT, document TEXT NOT NULL, PRIMARY KEY (model, name)
     ) WITHOUT ROWID;
     """,
+    # What was not counted is not made up: the rate of a flag from before begins with the first window after.
+    """
+    ALTER TABLE flags RENAME TO flags_1;
+    CREATE TABLE flags (
+        model TEXT, engine TEXT, layer INTEGER, site TEXT, meaning TEXT, format TEXT,
+        active INTEGER NOT NULL, since REAL NOT NULL, last_exceeded REAL NOT NULL,
+        absmax REAL NOT NULL, "limit" REAL NOT NULL, threshold REAL NOT NULL, phase TEXT,
+        first_exceeded REAL NOT NULL, windows INTEGER NOT NULL, windows_exceeded INTEGER NOT NULL,
+        first_windows INTEGER NOT NULL, prefill_windows INTEGER NOT NULL, decode_windows INTEGER NOT NULL,
+        PRIMARY KEY (model, engine, layer, site, meaning, format)
+    ) WITHOUT ROWID;
+    INSERT INTO flags
+        SELECT model, engine, layer, site, meaning, CASE meaning WHEN 'resolution' THEN 'int8' ELSE '' END,
+            active, since, last_exceeded, absmax, "limit", threshold, phase, since, 0, 0, 0, 0, 0
+        FROM flags_1;
+    DROP TABLE flags_1;
+    """,
 )
 """Number k leads from schema k to k + 1; schema 0 is an empty file."""
 _NO_LAYER: Final = -1
 _LAST_EXCEEDED_SECONDS: Final = 10.0
 """While a flag is exceeded in every window, its last time is written this often."""
+_WINDOWS_GROWN, _WINDOWS_MORE = 1.1, 60
+"""Of a flag that is not exceeded, the number of windows is written when it grew by a tenth and this."""
+_UPSERT_FLAG: Final = f"REPLACE INTO flags VALUES ({', '.join('?' * 19)})"
 _UPSERT_MARK: Final = (
     "INSERT INTO marks VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET absmax = max(absmax, excluded.absmax)"
 )
@@ -69,8 +89,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """What outlives the workers of an engine. P phases, S sites, M meanings."""
+    """What outlives the workers of an engine. P phases, S sites, M criteria."""
 
+    criteria: tuple[Criterion, ...]
     keys: tuple[SiteKey, ...]
     high_water: npt.NDArray[np.float32]
     """``[P, S]``: largest absmax ever, ``-inf`` where nothing was seen."""
@@ -78,20 +99,23 @@ class Memory:
     """``[M, S]``."""
 
 
-def empty_memory(keys: tuple[SiteKey, ...]) -> Memory:
+def empty_memory(keys: tuple[SiteKey, ...], criteria: tuple[Criterion, ...]) -> Memory:
     """Of sites that saw nothing."""
     high_water = np.full((len(stats.PHASES), len(keys)), -np.inf, np.float32)
-    return Memory(keys=keys, high_water=high_water, flags=np.zeros((len(MEANINGS), len(keys)), FLAG))
+    flags = np.zeros((len(criteria), len(keys)), FLAG)
+    return Memory(criteria=criteria, keys=keys, high_water=high_water, flags=flags)
 
 
-def recall(memory: Memory, keys: tuple[SiteKey, ...]) -> Memory:
-    """What is known of these sites."""
-    recalled = empty_memory(keys)
+def recall(memory: Memory, keys: tuple[SiteKey, ...], criteria: tuple[Criterion, ...]) -> Memory:
+    """What is known of these sites, by these criteria."""
+    recalled = empty_memory(keys, criteria)
     position = {key: index for index, key in enumerate(memory.keys)}
     pairs = [(index, position[key]) for index, key in enumerate(keys) if key in position]
     to, at = np.array(pairs, np.intp).reshape(-1, 2).T
     recalled.high_water[:, to] = memory.high_water[:, at]
-    recalled.flags[:, to] = memory.flags[:, at]
+    for row, criterion in enumerate(criteria):
+        if criterion in memory.criteria:
+            recalled.flags[row, to] = memory.flags[memory.criteria.index(criterion), at]
     return recalled
 
 
@@ -133,12 +157,12 @@ class Store:
         for model, engine, layer, site, *_ in (*marks, *flags):
             own = sites.setdefault((model, engine), {})
             own.setdefault(_key(layer, site), len(own))
-        self._engines = {engine: empty_memory(tuple(own)) for engine, own in sites.items()}
+        self._engines = {engine: empty_memory(tuple(own), ALL_CRITERIA) for engine, own in sites.items()}
         for model, engine, layer, site, phase, absmax in marks:
             at = (stats.PHASES.index(phase), sites[model, engine][_key(layer, site)])
             self._engines[model, engine].high_water[at] = absmax
-        for model, engine, layer, site, meaning, *row in flags:
-            at = (list(MEANINGS).index(meaning), sites[model, engine][_key(layer, site)])
+        for model, engine, layer, site, meaning, name, *row in flags:
+            at = (ALL_CRITERIA.index(Criterion(meaning, name)), sites[model, engine][_key(layer, site)])
             self._engines[model, engine].flags[at] = _flag(row, now)
         return dict(self._engines)
 
@@ -154,11 +178,16 @@ class Store:
             self._cards.append(LoadedCard(name=name, served_model=model, card=card))
         return list(self._cards)
 
-    def save(self, engines: Mapping[EngineKey, Memory], cards: Sequence[LoadedCard]) -> None:
-        """Write what changed. Raises nothing: what was not written is tried again by the next call."""
+    def save(
+        self, engines: Mapping[EngineKey, Memory], cards: Sequence[LoadedCard], *, all_windows: bool = False
+    ) -> None:
+        """Write what changed. Raises nothing: what was not written is tried again by the next call.
+
+        ``all_windows``: also numbers of windows that grew by little.
+        """
         try:
             self._reopen_if_gone()
-            self._write(engines, cards)
+            self._write(engines, cards, all_windows)
         except (sqlite3.Error, OSError, ConfigError) as error:
             self._report(error)
         else:
@@ -183,23 +212,26 @@ class Store:
             self._engines, self._cards = {}, []
             self._connection = self._open()
 
-    def _write(self, engines: Mapping[EngineKey, Memory], cards: Sequence[LoadedCard]) -> None:
+    def _write(self, engines: Mapping[EngineKey, Memory], cards: Sequence[LoadedCard], all_windows: bool) -> None:
         marks: list[tuple[Any, ...]] = []
         flags: list[tuple[Any, ...]] = []
+        written: dict[EngineKey, Memory] = {}
         for engine, memory in engines.items():
-            before = self._engines.get(engine) or empty_memory(())
+            before = self._engines.get(engine) or empty_memory((), memory.criteria)
+            changed = _changed(memory, before, all_windows)
             marks += _mark_rows(engine, memory, before)
-            flags += _flag_rows(engine, memory, before)
+            flags += _flag_rows(engine, memory, changed)
+            written[engine] = _as_written(memory, before, changed)
         new_cards = list(cards) != self._cards
         if marks or flags or new_cards:
             with self._connection:
                 self._connection.executemany(_UPSERT_MARK, marks)
-                self._connection.executemany(f"REPLACE INTO flags VALUES ({', '.join('?' * 12)})", flags)
+                self._connection.executemany(_UPSERT_FLAG, flags)
                 if new_cards:
                     self._connection.execute("DELETE FROM cards")
                     rows = [(each.served_model, each.name, each.card.model_dump_json()) for each in cards]
                     self._connection.executemany("INSERT INTO cards VALUES (?, ?, ?)", rows)
-        self._engines |= {engine: _as_written(memory, self._engines.get(engine)) for engine, memory in engines.items()}
+        self._engines |= written
         self._cards = list(cards)
 
     def _open(self) -> sqlite3.Connection:
@@ -271,11 +303,13 @@ def _key(layer: int, site: str) -> SiteKey:
 
 
 def _flag(row: Sequence[Any], now: Instant) -> Any:
-    active, since, last_exceeded, absmax, limit, threshold, phase = row
+    active, since, last_exceeded, absmax, limit, threshold, phase, first_exceeded, windows, exceeded, *phases = row
     flag = np.zeros((), FLAG)
     flag["active"], flag["since"], flag["raised"], flag["last_exceeded"] = active, since, now.steady, last_exceeded
     flag["absmax"], flag["limit"], flag["threshold"] = absmax, limit, threshold
-    flag["phase"] = stats.PHASES.index(phase)
+    flag["phase"] = -1 if phase is None else stats.PHASES.index(phase)
+    flag["first_exceeded"], flag["windows"], flag["windows_exceeded"] = first_exceeded, windows, exceeded
+    flag["phases_exceeded"] = phases
     return flag
 
 
@@ -290,40 +324,44 @@ def _mark_rows(engine: EngineKey, memory: Memory, before: Memory) -> Iterable[tu
         yield (*engine, *place, float(memory.high_water[phase, site]))
 
 
-def _flag_rows(engine: EngineKey, memory: Memory, before: Memory) -> Iterable[tuple[Any, ...]]:
-    """Flags that changed."""
-    for meaning, site in np.argwhere(_changed(memory, before)).tolist():
+def _flag_rows(engine: EngineKey, memory: Memory, changed: npt.NDArray[np.bool_]) -> Iterable[tuple[Any, ...]]:
+    for row, site in np.argwhere(changed).tolist():
         layer, name = memory.keys[site]
-        flag = memory.flags[meaning, site]
-        numbers = [float(flag[column]) for column in ("since", "last_exceeded", "absmax", "limit", "threshold")]
-        place = (_NO_LAYER if layer is None else layer, name, tuple(MEANINGS)[meaning])
-        yield (*engine, *place, int(flag["active"]), *numbers, stats.PHASES[flag["phase"]])
+        criterion, flag = memory.criteria[row], memory.flags[row, site]
+        place = (_NO_LAYER if layer is None else layer, name, criterion.meaning, criterion.format)
+        worst = [float(flag[column]) for column in ("since", "last_exceeded", "absmax", "limit", "threshold")]
+        phase = None if flag["phase"] < 0 else stats.PHASES[flag["phase"]]
+        windows = (int(flag["windows"]), int(flag["windows_exceeded"]), *flag["phases_exceeded"].tolist())
+        yield (*engine, *place, int(flag["active"]), *worst, phase, float(flag["first_exceeded"]), *windows)
 
 
-def _changed(memory: Memory, before: Memory) -> npt.NDArray[np.bool_]:
+def _changed(memory: Memory, before: Memory, all_windows: bool) -> npt.NDArray[np.bool_]:
+    """``[M, S]``: flags whose row is to be written."""
     new = memory.flags
-    changed: npt.NDArray[np.bool_] = new["since"] > 0
-    known = _shared(memory, before)
+    changed: npt.NDArray[np.bool_] = new["first_exceeded"] > 0
+    if not (known := _shared(memory, before)):
+        return changed
     head, old = new[:, :known], before.flags[:, :known]
     moved = head["last_exceeded"] - old["last_exceeded"] >= _LAST_EXCEEDED_SECONDS
     for column in ("active", "since", "absmax", "limit"):
         moved |= head[column] != old[column]
+    enough = old["windows"] + 1 if all_windows else old["windows"] * _WINDOWS_GROWN + _WINDOWS_MORE
+    moved |= head["windows"] >= enough
     changed[:, :known] &= moved
     return changed
 
 
 def _shared(memory: Memory, before: Memory) -> int:
-    """How many leading sites both hold at the same positions."""
+    """How many leading sites both hold at the same positions, judged by the same criteria."""
     known = len(before.keys)
-    return known if memory.keys[:known] == before.keys else 0
+    return known if memory.keys[:known] == before.keys and memory.criteria == before.criteria else 0
 
 
-def _as_written(memory: Memory, before: Memory | None) -> Memory:
-    """``memory`` with the last times that are in the file, where they were not worth writing."""
-    if before is None:
+def _as_written(memory: Memory, before: Memory, changed: npt.NDArray[np.bool_]) -> Memory:
+    """``memory`` with the flags that are in the file, where they were not worth writing."""
+    if not (known := _shared(memory, before)):
         return memory
-    written = memory.flags.copy()
-    known = _shared(memory, before)
-    kept = ~_changed(memory, before)[:, :known]
-    written["last_exceeded"][:, :known][kept] = before.flags["last_exceeded"][:, :known][kept]
-    return Memory(keys=memory.keys, high_water=memory.high_water, flags=written)
+    flags = memory.flags.copy()
+    kept = ~changed[:, :known]
+    flags[:, :known][kept] = before.flags[:, :known][kept]
+    return Memory(criteria=memory.criteria, keys=memory.keys, high_water=memory.high_water, flags=flags)

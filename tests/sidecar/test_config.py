@@ -13,8 +13,9 @@ import httpx
 import pytest
 from processes import Sidecar, program, wait_for
 
-from maxact_sidecar.config import ConfigError, Settings
+from maxact_sidecar.config import ConfigError, Settings, make_settings
 from maxact_sidecar.configfile import read_settings
+from maxact_sidecar.headroom import Criterion
 
 
 def written(folder: Path, text: str) -> Path:
@@ -52,6 +53,18 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path, text: str) -> None:
         ("hold: 1\n  stale: 2\n", ["sidecar.yaml:2: is not YAML: mapping values are not allowed here"]),
         ("- hold\n", ["sidecar.yaml:1: is not a mapping of settings; write lines like hold: 30"]),
         (
+            "formats: [int8, int9]\n",
+            ["sidecar.yaml:1: formats: 'int9' is not a format; formats are int8, int4, fp8_e4m3, fp8_e5m2, nvfp4"],
+        ),
+        (
+            "resolution_threshold: {int4: low}\n",
+            [
+                "sidecar.yaml:1: resolution_threshold: {'int4': 'low'} is no ratio; write R for all formats, or "
+                "FORMAT=R,FORMAT=R"
+            ],
+        ),
+        ("resolution_threshold: 0\n", ["sidecar.yaml:1: resolution_threshold: 0 is not above 0"]),
+        (
             "max_series: many\nmax_streams: 0\n",
             [
                 "sidecar.yaml:1: max_series: Input should be a valid integer, unable to parse string as an integer",
@@ -62,6 +75,29 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path, text: str) -> None:
 )
 def test_what_is_wrong_is_named_with_file_and_line(tmp_path: Path, text: str, problems: list[str]) -> None:
     assert refused(tmp_path, text) == problems
+
+
+@pytest.mark.parametrize("given", ["2,int4=0.5", "int8", "", "nan", "-1", "int8=", "fp16=2", "inf"])
+def test_a_threshold_that_is_none_is_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match="resolution_threshold: "):
+        make_settings(resolution_threshold=given)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("2", (2.0, 2.0)), (3, (3.0, 3.0)), ("int4=0.5", (1.0, 0.5)), ({"int8": 2, "int4": "4"}, (2.0, 4.0))],
+)
+def test_resolution_has_a_threshold_for_all_formats_or_for_each(given: Any, expected: tuple[float, float]) -> None:
+    settings = make_settings(formats="int8, int4", resolution_threshold=given)
+    assert settings.formats == ("int8", "int4")
+    ratios = {each.format: threshold.raise_below for each, threshold in settings.thresholds.items() if each.format}
+    assert (ratios["int8"], ratios["int4"]) == expected
+    clear = settings.thresholds[Criterion("resolution", "int4")].clear_at
+    assert clear == 1.25 * expected[1], "the hysteresis scales with the threshold"
+
+
+def test_no_format_at_all_may_be_judged() -> None:
+    assert [each.meaning for each in make_settings(formats=[]).thresholds] == ["range", "fp16", "saturation"]
 
 
 def test_a_key_like_no_other_lists_those_that_exist(tmp_path: Path) -> None:
@@ -132,6 +168,20 @@ def test_thresholds_and_cards_are_reloaded(tmp_path: Path) -> None:
             0,
             2.0,
         )
+    finally:
+        sidecar.stop()
+
+
+def test_formats_stay_until_a_restart_and_their_thresholds_do_not(tmp_path: Path) -> None:
+    path = written(tmp_path, "formats: [int4]\nhold: 60\n")
+    sidecar = Sidecar(tmp_path / "log", "--config", str(path))
+    try:
+        sidecar.connect().send(1.0)
+        written(tmp_path, "formats: [int8]\nhold: 60\nresolution_threshold: {int4: 0.5, int8: 3}\n")
+        reload(sidecar, '"reloaded"')
+        assert logged(sidecar, "needs a restart")["settings"] == "formats"
+        shown = [line for line in sidecar.scrape().splitlines() if "threshold_ratio{" in line and "format=" in line]
+        assert shown == ['maxact_headroom_threshold_ratio{meaning="resolution",format="int4"} 0.5']
     finally:
         sidecar.stop()
 

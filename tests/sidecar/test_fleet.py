@@ -8,56 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from workers import MODEL, SITES, WIDTH, layout, window
+from fleets import Rank, at, card_of, make, only, use_card
+from workers import MODEL, SITES, WIDTH, window
 
 from maxact_proto import stats, wire
 from maxact_sidecar import merge
-from maxact_sidecar.card import Card, LoadedCard, build_card
-from maxact_sidecar.config import make_settings
-from maxact_sidecar.fleet import Fleet
+from maxact_sidecar.card import LoadedCard
 from maxact_sidecar.headroom import Instant
-from maxact_sidecar.snapshot import Snapshot
 
 RANGE, FP16, _, SATURATION = range(4)
-
-
-def at(seconds: float) -> Instant:
-    return Instant(1e9 + seconds, 1000.0 + seconds)
-
-
-def make(**settings: Any) -> Fleet:
-    return Fleet(make_settings(**({"hold": 10.0, "flag_hold": 5.0, "stale": 60.0} | settings)))
-
-
-class Rank:
-    """A connected worker of a fleet, without a network."""
-
-    def __init__(self, fleet: Fleet, **changes: Any) -> None:
-        self.layout = layout(**changes)
-        self.engine, self.state = fleet.attach(self.layout)
-        self._sequence = self.state.last_sequence
-
-    def send(self, seconds: float, peaks: Any, **changes: Any) -> bool:
-        self._sequence += 1
-        own = window(self._sequence, peaks, sites=len(self.layout.sites), **changes)
-        return self.engine.merge_window(self.state, own, at(seconds))
-
-    def leave(self, seconds: float) -> None:
-        self.engine.detach(self.state, at(seconds))
-
-
-def only(fleet: Fleet, seconds: float) -> Snapshot:
-    [snapshot] = fleet.snapshots(at(seconds))
-    return snapshot
-
-
-def card_of(fleet: Fleet, seconds: float) -> Card:
-    return build_card(fleet.snapshots(at(seconds)), now=1.0, maxact_version="test")
-
-
-def use_card(fleet: Fleet, card: Card, now: Instant, *, name: str, add: bool = False, **given: str) -> None:
-    loaded = LoadedCard(name=name, served_model=given.get("served_model", card.model), card=card)
-    fleet.load_card(loaded, now, add=add)
 
 
 def test_extrema_of_the_hold_horizon_fade_and_the_high_water_mark_stays() -> None:
@@ -367,8 +326,9 @@ def test_range_is_judged_against_the_card_and_raised_with_evidence(caplog: pytes
     assert (flag.phase, flag.since) == ("prefill", 1e9 + 3)
     [line] = [record.getMessage() for record in caplog.records]
     assert line == (
-        f"flag raised meaning=range model={MODEL} engine=0 layer=0 site=hidden phase=prefill absmax=40 limit=10 "
-        "headroom_ratio=0.25 threshold=0.9"
+        f"flag raised meaning=range format=- model={MODEL} engine=0 layer=0 site=hidden phase=prefill absmax=40 "
+        "limit=10 headroom_ratio=0.25 threshold=0.9 first_exceeded=2001-09-09T01:46:43Z windows_exceeded=1 windows=1 "
+        "phases_exceeded=first:0,prefill:1,decode:0"
     )
 
 

@@ -68,7 +68,8 @@ def test_a_site_is_shown_with_its_phases_and_headroom(served: Sidecar) -> None:
     [site] = [each for each in served.get("sites", engine="0") if each["site"] == "hidden"]
     assert (site["model"], site["engine"], site["layer"], site["width"]) == (MODEL, "0", 0, WIDTH)
     assert (site["absmax"], site["absmax_high_water"]) == (6e4, 6e4)
-    assert site["headroom"] == {"range": None, "fp16": 65504 / 6e4, "resolution": None, "saturation": None}
+    assert site["headroom"] == {"range": None, "fp16": 65504 / 6e4, "saturation": None}
+    assert site["formats"] == {"int8": {"headroom_ratio": None, "sqnr_decibels": None, "zeroed_ratio": None}}
     prefill = site["phases"]["prefill"]
     assert prefill == {
         **{"tokens": 4, "absmax": 6e4, "max": 3e4, "min": -6e4, "rms": 1.5e4, "mean_abs": 7.5e3, "crest_ratio": 4.0},
@@ -92,7 +93,9 @@ def test_a_flag_carries_its_evidence(served: Sidecar) -> None:
     }
     assert (flag["absmax"], flag["limit"], flag["threshold"]) == (6e4, 65504.0, 1.25)
     assert flag["headroom_ratio"] == pytest.approx(65504 / 6e4)
-    assert flag["since"] == flag["last_exceeded"] > 1.7e9
+    assert flag["since"] == flag["last_exceeded"] == flag["first_exceeded"] > 1.7e9
+    assert (flag["windows"], flag["windows_exceeded"], flag["exceeded_ratio"]) == (1, 1, 1.0)
+    assert (flag["format"], flag["phases_exceeded"]) == (None, {"first": 0, "prefill": 1, "decode": 0})
 
 
 def test_a_card_of_all_engines_or_of_one(served: Sidecar) -> None:

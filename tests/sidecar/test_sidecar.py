@@ -66,6 +66,7 @@ def busy_sidecar(patient_sidecar: Sidecar) -> Sidecar:
     """One whose scrape has every family: two ranks, odd names, scales, a histogram, a card, a flag, a refusal."""
     scaled = tuple(replace(site, limit=4.0) if site.name == "down_proj_input" else site for site in SITES)
     histogram = np.ones((len(SITES), stats.NUM_BINS), np.float32)
+    histogram[:, 0] = 1e6  # next to nothing but for the rest: a flag of resolution
     counts = np.ones((len(stats.PHASES), len(SITES), len(stats.COUNTS)), np.int64)
     own = layout(model='odd "model"\\path\n%s', sites=scaled, tp_size=2)
     for rank, peaks in enumerate(([1.5, 6e4, 3.25], [1.5, 6e4, 7.0])):

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -18,20 +19,23 @@ from workers import MODEL, layout
 from maxact_proto import stats
 from maxact_sidecar.config import ConfigError
 from maxact_sidecar.families import SelfMetrics
-from maxact_sidecar.headroom import FLAG, MEANINGS, Instant
-from maxact_sidecar.store import FILE, Memory, Store
+from maxact_sidecar.headroom import FLAG, Criterion, Instant, criteria, list_flags
+from maxact_sidecar.store import FILE, Memory, Store, recall
 
 NOW = Instant(1e9, 1000.0)
 KEYS = ((None, "embedding"), (0, "hidden"))
 ENGINE = (MODEL, "0")
+CRITERIA = criteria(["int8"])
+FP16 = CRITERIA.index(Criterion("fp16"))
 
 
-def memory(peak: float, last_exceeded: float = 1e9) -> Memory:
+def memory(peak: float, last_exceeded: float = 1e9, windows: int = 1000) -> Memory:
     high_water = np.full((len(stats.PHASES), len(KEYS)), -np.inf, np.float32)
     high_water[stats.PREFILL] = [np.float32(0.1), peak]
-    flags = np.zeros((len(MEANINGS), len(KEYS)), FLAG)
-    flags[1, 1] = (True, 1e9, 5.0, last_exceeded, peak, 65504.0, 1.25, stats.PREFILL)
-    return Memory(keys=KEYS, high_water=high_water, flags=flags)
+    flags = np.zeros((len(CRITERIA), len(KEYS)), FLAG)
+    worst = (last_exceeded, peak, 65504.0, 1.25, stats.PREFILL)
+    flags[FP16, 1] = (True, 1e9, 5.0, *worst, 9e8, windows, 7, (1, 5, 2))
+    return Memory(criteria=CRITERIA, keys=KEYS, high_water=high_water, flags=flags)
 
 
 @contextmanager
@@ -54,10 +58,10 @@ def test_marks_and_flags_come_back_bit_for_bit(tmp_path: Path) -> None:
     back = reloaded(tmp_path)[ENGINE]
     order = [back.keys.index(key) for key in KEYS]
     assert back.high_water[:, order].tobytes() == memory(6e4).high_water.tobytes()
-    flag = back.flags[1, order[1]]
+    flag = back.flags[back.criteria.index(Criterion("fp16")), order[1]]
     assert flag["raised"] == NOW.steady
     flag["raised"] = 5.0
-    assert flag == memory(6e4).flags[1, 1]
+    assert flag == memory(6e4).flags[FP16, 1]
 
 
 def test_a_mark_never_falls_on_disk_either(tmp_path: Path) -> None:
@@ -80,6 +84,102 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
         assert store._connection.total_changes == before + 3
 
 
+def test_windows_of_a_flag_that_is_not_exceeded_are_written_now_and_then_and_at_the_end(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.save({ENGINE: memory(6e4)}, [])
+        before = store._connection.total_changes
+        store.save({ENGINE: memory(6e4, windows=1159)}, [])
+        assert store._connection.total_changes == before
+        store.save({ENGINE: memory(6e4, windows=1160)}, [])
+        store.save({ENGINE: memory(6e4, windows=1161)}, [])
+        assert store._connection.total_changes == before + 1
+        store.save({ENGINE: memory(6e4, windows=1161)}, [], all_windows=True)
+    back = reloaded(tmp_path)[ENGINE]
+    assert back.flags["windows"].max() == 1161
+
+
+SCHEMA_1 = """
+    CREATE TABLE marks (
+        model TEXT, engine TEXT, layer INTEGER, site TEXT, phase TEXT, absmax REAL NOT NULL,
+        PRIMARY KEY (model, engine, layer, site, phase)
+    ) WITHOUT ROWID;
+    CREATE TABLE flags (
+        model TEXT, engine TEXT, layer INTEGER, site TEXT, meaning TEXT,
+        active INTEGER NOT NULL, since REAL NOT NULL, last_exceeded REAL NOT NULL,
+        absmax REAL NOT NULL, "limit" REAL NOT NULL, threshold REAL NOT NULL, phase TEXT NOT NULL,
+        PRIMARY KEY (model, engine, layer, site, meaning)
+    ) WITHOUT ROWID;
+    CREATE TABLE cards (
+        model TEXT, name TEXT, document TEXT NOT NULL, PRIMARY KEY (model, name)
+    ) WITHOUT ROWID;
+    INSERT INTO marks VALUES ('tiny/llama', '0', 0, 'down_proj_input', 'prefill', 700.0);
+    INSERT INTO flags VALUES
+        ('tiny/llama', '0', 0, 'down_proj_input', 'resolution', 1, 8e8, 9e8, 700.0, 50.0, 1.0, 'prefill'),
+        ('tiny/llama', '0', -1, 'embedding', 'range', 0, 7e8, 7.5e8, 9.0, 3.0, 0.9, 'first');
+    PRAGMA application_id = 1836605795;
+    PRAGMA user_version = 1;
+"""
+"""What a sidecar of the former schema left, in its own words."""
+
+
+def test_a_state_of_the_former_schema_is_migrated(tmp_path: Path) -> None:
+    spoil(tmp_path, SCHEMA_1)
+    back = reloaded(tmp_path)[ENGINE]
+    assert back.high_water[stats.PREFILL, back.keys.index((0, "down_proj_input"))] == 700.0
+    flags = {(each.criterion, back.keys[each.site]): each for each in list_flags(back.flags, back.criteria)}
+    resolution = flags[Criterion("resolution", "int8"), (0, "down_proj_input")]
+    assert (resolution.active, resolution.since, resolution.last_exceeded) == (True, 8e8, 9e8)
+    assert (resolution.absmax, resolution.limit, resolution.threshold, resolution.phase) == (
+        700.0,
+        50.0,
+        1.0,
+        "prefill",
+    )
+    assert resolution.first_exceeded == 8e8, "the earliest raise that is known"
+    assert (resolution.windows, resolution.exceeded_ratio) == (0, None), "what was not counted is not made up"
+    cleared = flags[Criterion("range"), (None, "embedding")]
+    assert (cleared.active, cleared.first_exceeded, cleared.phase) == (False, 7e8, "first")
+    assert len(flags) == 2
+    [[schema]] = query(tmp_path, "PRAGMA user_version")
+    assert schema == 2
+
+
+def test_a_migrated_flag_goes_on_in_a_running_sidecar(tmp_path: Path) -> None:
+    spoil(tmp_path, SCHEMA_1)
+    sidecar = Sidecar(tmp_path / "log", "--state", str(tmp_path))
+    try:
+        sidecar.connect().send([1.0, 1.0, 60.0])
+        [flag] = [each for each in sidecar.get("flags") if each["active"]]
+        assert (flag["meaning"], flag["format"], flag["since"], flag["first_exceeded"]) == (
+            "resolution",
+            "int8",
+            8e8,
+            8e8,
+        )
+        assert (flag["windows"], flag["windows_exceeded"]) == (1, 1), "judged by the limit it was raised at"
+    finally:
+        sidecar.stop()
+
+
+def test_an_engine_that_was_there_before_is_judged_by_other_formats_from_now_on(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        store.save({ENGINE: memory(6e4)}, [])
+    with opened(tmp_path) as store:
+        [before] = store.load_engines(NOW).values()
+        judged = criteria(["nvfp4", "int4"])
+        now = recall(before, KEYS, judged)
+        flag = now.flags[judged.index(Criterion("resolution", "nvfp4")), 0:1]
+        flag["first_exceeded"], flag["absmax"] = 7.0, 2.0
+        store.save({ENGINE: now}, [])
+    back = reloaded(tmp_path)[ENGINE]
+    exceeded = {(each.criterion, back.keys[each.site]): each for each in list_flags(back.flags, back.criteria)}
+    assert set(exceeded) == {
+        (Criterion("fp16"), (0, "hidden")),
+        (Criterion("resolution", "nvfp4"), (None, "embedding")),
+    }
+    assert exceeded[Criterion("fp16"), (0, "hidden")].windows == 1000
+
+
 def test_a_folder_serves_one_sidecar(tmp_path: Path) -> None:
     with opened(tmp_path), pytest.raises(ConfigError, match="is in use by another sidecar"):
         Store(tmp_path, SelfMetrics())
@@ -90,6 +190,11 @@ def test_a_folder_serves_one_sidecar(tmp_path: Path) -> None:
 def spoil(folder: Path, sql: str) -> None:
     with closing(sqlite3.connect(folder / FILE)) as connection:
         connection.executescript(sql)
+
+
+def query(folder: Path, sql: str) -> list[Any]:
+    with closing(sqlite3.connect(folder / FILE)) as connection:
+        return connection.execute(sql).fetchall()
 
 
 def test_a_state_of_a_newer_maxact_is_left_alone(tmp_path: Path) -> None:
@@ -170,7 +275,8 @@ def test_marks_flags_and_loaded_cards_survive_a_kill(remembering: Sidecar) -> No
     remembering.connect(layout(instance="second")).send([1.0, 3.0, 2.0])
     assert marks(remembering) == {"embedding": 1.0, "hidden": 6e4, "down_proj_input": 2.0}
     [after] = [flag for flag in remembering.get("flags") if flag["meaning"] == "range"]
-    assert (after.pop("last_exceeded"), after) == (before.pop("last_exceeded"), before)
+    assert (before["windows"], before["exceeded_ratio"]) == (1, 1.0)
+    assert after == before | {"windows": 2, "exceeded_ratio": 0.5}, "the window after the restart did not exceed"
     assert [card["model"] for card in remembering.get("cards")] == [MODEL]
 
 

@@ -244,16 +244,18 @@ class Worker:
 class Sidecar:
     """A `maxact sidecar` process on two free ports, and the workers connected to it."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *options: str) -> None:
         self.grpc, self.http = (f"127.0.0.1:{_free_port()}" for _ in range(2))
         self.url = f"http://{self.http}"
         self._log = log
+        self._options = options
         self._workers: list[Worker] = []
         self.start()
 
     def start(self) -> None:
         """Start the process and wait until it serves."""
         command = [Path(sys.executable).with_name("maxact"), "sidecar", "--grpc", self.grpc, "--http", self.http]
+        command += self._options
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         deadline = time.monotonic() + 30
@@ -312,5 +314,13 @@ def browser(chromium: Browser) -> Browser:
 @pytest.fixture
 def sidecar(tmp_path: Path) -> Iterator[Sidecar]:
     running = Sidecar(tmp_path / "sidecar.log")
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def two_formats(tmp_path: Path) -> Iterator[Sidecar]:
+    """One that judges two formats, NVFP4 far too strictly."""
+    running = Sidecar(tmp_path / "sidecar.log", "--formats", "int8,nvfp4", "--resolution-threshold", "nvfp4=1000")
     yield running
     running.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -50,6 +51,11 @@ def test_a_raised_flag_changes_the_verdict_without_a_reload(browser: Any, sideca
     assert browser.evaluate("window.loadedOnce && document.title").startswith("▲ 1 flag")
     row = browser.evaluate("document.querySelector('#flags tbody tr').innerText").split("\t")
     assert row[1:8] == ["layer 4 hidden", "range", "first", "1.80 k", "90.0", "0.0500×", "0.9×"]
+    assert row[8] == row[9] == row[10], "since, last and first exceeded"
+    assert row[11:13] == ["1 of 1", "first 1"]
+    worker.send()
+    browser.wait("document.querySelector('#flags tbody tr').innerText.split('\t')[11] === '1 of 2'")
+    browser.wait("document.getElementById('detail').textContent.includes('Exceeded in 1 of 2 windows since')")
     cells = browser.evaluate("[...document.querySelectorAll('.cell.flagged')].map(c => c.dataset.key)")
     assert cells == ["4/hidden"]
     assert browser.problems == []
@@ -68,8 +74,28 @@ def test_a_site_says_what_int8_would_cost_it(browser: Any, sidecar: Any) -> None
     # Crest factor 20: the scale is 0.157 sigma, so 26.9 dB, less 1.5 dB because two phases carry less than sigma.
     text = browser.evaluate(facts)
     assert "headroom range 1.00×, fp16" in text
-    assert "resolution 8.6" in text
-    assert "SQNR 25.4 dB, 5.5 % zeroed" in text
+    assert "resolution int8 8.58×" in text
+    assert "int8 at the scale of absmax: SQNR 25.4 dB, 5.5 % zeroed" in text
+
+
+def test_several_formats_stand_side_by_side_and_a_flag_names_its_own(browser: Any, two_formats: Any) -> None:
+    two_formats.worker().send()
+    _open(browser, two_formats)
+    browser.wait("document.querySelectorAll('.cell').length")
+    browser.evaluate("document.querySelector('.cell[data-key=\"3/down_proj_input\"]').click()")
+    facts = "document.getElementById('site-facts').textContent"
+    browser.wait(f"{facts}.includes('down_proj_input')")
+    assert re.search(
+        r"int8 at the scale of absmax: SQNR 2\d\.\d dB.*nvfp4 at the scale of absmax: SQNR 18\.9",
+        browser.evaluate(facts),
+    )
+    rows = "[...document.querySelectorAll('#flags tbody tr')].map(r => r.innerText.split('\t'))"
+    cells = next(row for row in browser.evaluate(rows) if row[1] == "layer 3 down_proj_input")
+    assert cells[2:4] == ["resolution nvfp4", "–"], "no phase is known of a block"
+    assert "1 of 1" in cells
+    assert "at which nvfp4 zeroes half" in browser.evaluate("document.getElementById('headline').textContent")
+    assert "block maximum" in browser.evaluate("document.getElementById('detail').textContent")
+    assert browser.problems == []
 
 
 def test_the_heat_map_has_one_cell_per_site_and_follows_phase_and_quantity(browser: Any, sidecar: Any) -> None:

@@ -48,5 +48,17 @@ export function duration(seconds) {
   return s < 172_800 ? `${Math.round(s / 3600)} h` : `${Math.round(s / 86_400)} d`;
 }
 
+/** What a flag is judged by: its meaning, and of resolution the format. */
+export const criterion = ({ meaning, format }) => (format ? `${meaning} ${format}` : meaning);
+
+/** Of how many windows, since the first that exceeded, how many did. */
+export const exceeded = ({ windows, windows_exceeded: beyond }) => (windows ? `${count(beyond)} of ${count(windows)}` : "–");
+
+/** In which phases windows exceeded, and in how many; null where no phase is known. */
+export function phases({ phases_exceeded: windows }) {
+  const seen = Object.entries(windows).filter(([, n]) => n > 0);
+  return seen.length ? seen.map(([phase, n]) => `${phase} ${count(n)}`).join(", ") : null;
+}
+
 export const place = ({ layer, site }) => (layer === null ? site : `layer ${layer} ${site}`);
 export const key = ({ layer, site }) => `${layer ?? ""}/${site}`;

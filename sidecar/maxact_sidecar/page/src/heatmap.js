@@ -3,6 +3,7 @@
 import { colorScale, inkOn } from "./color.js";
 import { el, text } from "./dom.js";
 import { compact, key, number, place, ratio } from "./format.js";
+import { leastResolution } from "./sites.js";
 
 const LABEL_PX = 118;
 const NUMBER_PX = 34;
@@ -14,7 +15,7 @@ export const QUANTITIES = {
   absmax: { label: "absmax now", of: (site, phase) => part(site, phase)?.absmax, show: number },
   high_water: { label: "high-water", of: (site, phase) => part(site, phase)?.absmax_high_water, show: number },
   range: { label: "headroom range", of: (site) => site.headroom.range, show: ratio, headroom: true },
-  resolution: { label: "headroom resolution", of: (site) => site.headroom.resolution, show: ratio, headroom: true },
+  resolution: { label: "headroom resolution", of: leastResolution, show: ratio, headroom: true },
   saturation: { label: "headroom saturation", of: (site) => site.headroom.saturation, show: ratio, headroom: true },
   fp16: { label: "headroom fp16", of: (site) => site.headroom.fp16, show: ratio, headroom: true },
 };
@@ -71,7 +72,7 @@ export class HeatMap {
     cell.setAttribute("aria-selected", String(siteKey === selected));
     text(cell.firstElementChild, value === null ? "" : compact(value));
     const shown = value === null ? "no value" : show(value);
-    const scope = phase === "all" || quantity in site.headroom ? "" : `, phase ${phase}`;
+    const scope = phase === "all" || QUANTITIES[quantity].headroom ? "" : `, phase ${phase}`;
     cell.setAttribute("aria-label", `${place(site)}: ${label} ${shown}${scope}${flagged.has(siteKey) ? ", flagged" : ""}`);
   }
 

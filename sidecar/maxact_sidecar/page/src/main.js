@@ -5,7 +5,7 @@ import { $, segmented, syncSelect, text } from "./dom.js";
 import { clock, decibels, duration, key, number, place, plural, ratio } from "./format.js";
 import { HeatMap, QUANTITIES } from "./heatmap.js";
 import { History } from "./history.js";
-import { byUrgency, mergeEngines } from "./sites.js";
+import { byUrgency, headrooms, mergeEngines } from "./sites.js";
 import { cardTable, flagTable, phaseTable, rankTable, worstTable } from "./tables.js";
 import { verdict } from "./verdict.js";
 
@@ -155,12 +155,14 @@ function renderReadout(site) {
   text($("readout"), site ? `${capital(place(site))}: ${summary(site)}` : wait);
 }
 
-function summary({ absmax, absmax_high_water: high, headroom }) {
-  return `absmax ${number(absmax)}, high-water ${number(high)}, ${headrooms(headroom)}`;
+function summary(site) {
+  return `absmax ${number(site.absmax)}, high-water ${number(site.absmax_high_water)}, ${judgement(site)}`;
 }
 
-const headrooms = (headroom) =>
-  `headroom ${Object.entries(headroom).filter(([, value]) => value !== null).map(([name, value]) => `${name} ${ratio(value)}`).join(", ")}`;
+const judgement = (site) => `headroom ${headrooms(site).map(([name, value]) => `${name} ${ratio(value)}`).join(", ")}`;
+
+const cost = ([name, { sqnr_decibels: sqnr, zeroed_ratio: zeroed }]) =>
+  sqnr === null ? null : `${name} at the scale of absmax: SQNR ${decibels(sqnr)}, ${(100 * zeroed).toFixed(1)} % zeroed`;
 
 const capital = (sentence) => sentence[0].toUpperCase() + sentence.slice(1);
 
@@ -169,9 +171,8 @@ function renderSite(site) {
   const values = history.get(key(site));
   const limit = range && site.absmax ? range * site.absmax : null;
   text($("site-title"), capital(place(site)));
-  const int8 = site.int8_sqnr_db === null ? null
-    : `INT-8 at absmax/127: SQNR ${decibels(site.int8_sqnr_db)}, ${(100 * site.int8_zeroed_ratio).toFixed(1)} % zeroed`;
-  const facts = [site.module, plural(site.width, "element") + " per token", headrooms(site.headroom), int8];
+  const costs = Object.entries(site.formats).map(cost);
+  const facts = [site.module, plural(site.width, "element") + " per token", judgement(site), ...costs];
   text($("site-facts"), facts.filter(Boolean).join(" · ") + (limit ? ` · dashed line: calibrated absmax ${number(limit)}` : ""));
   drawPhases(site);
   const span = duration(history.times.at(-1) - history.times[0]);

@@ -24,10 +24,27 @@ function mergeSites(a, b) {
     absmax: larger(a.absmax, b.absmax),
     absmax_high_water: larger(a.absmax_high_water, b.absmax_high_water),
     headroom: Object.fromEntries(Object.keys(a.headroom).map((name) => [name, smaller(a.headroom[name], b.headroom[name])])),
-    int8_zeroed_ratio: larger(a.int8_zeroed_ratio, b.int8_zeroed_ratio),
-    int8_sqnr_db: smaller(a.int8_sqnr_db, b.int8_sqnr_db),
+    formats: Object.fromEntries(Object.keys(a.formats).map((name) => [name, mergeFormats(a.formats[name], b.formats[name])])),
   };
 }
+
+function mergeFormats(a, b) {
+  return {
+    headroom_ratio: smaller(a.headroom_ratio, b?.headroom_ratio),
+    sqnr_decibels: smaller(a.sqnr_decibels, b?.sqnr_decibels),
+    zeroed_ratio: larger(a.zeroed_ratio, b?.zeroed_ratio),
+  };
+}
+
+/** Headroom ratios that are known, as [what it is judged by, ratio]: meanings, and resolution in each format. */
+export function headrooms({ headroom = {}, formats = {} }) {
+  const resolution = Object.entries(formats).map(([name, { headroom_ratio: ratio }]) => [`resolution ${name}`, ratio]);
+  return [...Object.entries(headroom), ...resolution].filter(([, ratio]) => ratio !== null && ratio !== undefined);
+}
+
+/** Smallest headroom of resolution over the formats, null where none is judged. */
+export const leastResolution = ({ formats }) =>
+  Object.values(formats).map((each) => each.headroom_ratio).reduce(smaller, null);
 
 /** Statistics of disjoint parts (phases or engines) as one: rms by energy, means by tokens. */
 export function mergeParts(parts) {
@@ -51,9 +68,9 @@ export function mergeParts(parts) {
   };
 }
 
-/** Smallest headroom of a site over its meanings as {meaning, ratio}, or null where nothing judges it. */
+/** Smallest headroom of a site as {meaning, ratio}, or null where nothing judges it. */
 export function worstHeadroom(site) {
-  const judged = Object.entries(site.headroom ?? {}).filter(([, ratio]) => ratio !== null && ratio !== undefined);
+  const judged = headrooms(site);
   if (!judged.length) return null;
   const [meaning, ratio] = judged.reduce((a, b) => (b[1] < a[1] ? b : a));
   return { meaning, ratio };

@@ -1,8 +1,8 @@
 // The tables around the heat map: flags, worst sites, ranks, cards and the phases of the selected site.
 import { makeSpark, updateSpark } from "./charts.js";
 import { el, syncTable, text } from "./dom.js";
-import { amount, clock, count, decibels, duration, key, number, place, ratio } from "./format.js";
-import { byUrgency, mergeParts, PHASES } from "./sites.js";
+import { amount, clock, count, criterion, decibels, duration, exceeded, key, number, phases, place, ratio } from "./format.js";
+import { byUrgency, leastResolution, mergeParts, PHASES } from "./sites.js";
 
 const WORST_ROWS = 10;
 
@@ -20,12 +20,19 @@ function placeColumn(onShow) {
   return { title: "site", node, update };
 }
 
+/** SQNR of a site, with the format's name where there are several. */
+function noise({ formats }) {
+  const entries = Object.entries(formats);
+  const name = (format) => (entries.length > 1 ? `${format} ` : "");
+  return entries.map(([format, { sqnr_decibels: sqnr }]) => name(format) + decibels(sqnr)).join(", ") || "–";
+}
+
 /** Flags of every model and engine, active first. */
 export function flagTable(table, onShow) {
   const columns = [
     { title: "state", text: (flag) => (flag.active ? "▲ raised" : "cleared") },
     placeColumn(onShow),
-    { title: "meaning", text: (flag) => flag.meaning },
+    { title: "meaning", text: criterion },
     { title: "phase", text: (flag) => flag.phase ?? "–" },
     { title: "absmax", numeric: true, text: (flag) => number(flag.absmax) },
     { title: "limit", numeric: true, text: (flag) => number(flag.limit) },
@@ -33,10 +40,13 @@ export function flagTable(table, onShow) {
     { title: "raised below", numeric: true, text: (flag) => `${flag.threshold}×` },
     { title: "since", numeric: true, text: (flag) => clock(flag.since) },
     { title: "last exceeded", numeric: true, text: (flag) => clock(flag.last_exceeded) },
+    { title: "first exceeded", numeric: true, text: (flag) => clock(flag.first_exceeded) },
+    { title: "windows exceeded", numeric: true, text: exceeded },
+    { title: "in phases", text: (flag) => phases(flag) ?? "–" },
     { title: "engine", only: "engines", text: (flag) => flag.engine },
     { title: "model", only: "models", text: (flag) => flag.model },
   ];
-  const keyOf = (flag) => [flag.model, flag.engine, key(flag), flag.meaning, flag.active, flag.since].join("|");
+  const keyOf = (flag) => [flag.model, flag.engine, key(flag), criterion(flag), flag.active, flag.since].join("|");
   return (flags) => syncTable(table, columns, flags, keyOf, (row, flag) => row.classList.toggle("raised", flag.active));
 }
 
@@ -47,8 +57,8 @@ export function worstTable(table, history, onShow) {
     { title: "absmax now", numeric: true, text: (site) => number(site.absmax) },
     { title: "high-water", numeric: true, text: (site) => number(site.absmax_high_water) },
     { title: "headroom range", numeric: true, text: (site) => ratio(site.headroom.range) },
-    { title: "headroom resolution", numeric: true, text: (site) => ratio(site.headroom.resolution) },
-    { title: "INT-8 SQNR", numeric: true, text: (site) => decibels(site.int8_sqnr_db) },
+    { title: "headroom resolution", numeric: true, text: (site) => ratio(leastResolution(site)) },
+    { title: "SQNR", numeric: true, text: noise },
     { title: "crest factor", numeric: true, text: (site) => number(mergeParts(Object.values(site.phases))?.crest_ratio) },
     {
       title: "history",

@@ -1,5 +1,5 @@
 // The headline: is every judged site inside its headroom, and if not, the worst by how much and since when.
-import { clock, count, duration, number, place, plural, ratio } from "./format.js";
+import { clock, count, duration, exceeded, number, place, plural, ratio } from "./format.js";
 import { worstHeadroom } from "./sites.js";
 
 const SERVE = "vllm serve MODEL --plugin maxact";
@@ -37,20 +37,22 @@ const severity = (flag) => flag.headroom_ratio / flag.threshold;
 const LIMITS = {
   range: "the calibrated absmax",
   fp16: "the fp16 maximum",
-  resolution: "the absmax at which INT-8 zeroes half",
   saturation: "what the deployed scale represents",
 };
-const limitName = (meaning) => LIMITS[meaning] ?? `the ${meaning} limit`;
+const limitName = ({ meaning, format }) =>
+  format ? `the magnitude at which ${format} zeroes half` : LIMITS[meaning] ?? `the ${meaning} limit`;
 
 /** By how much a flagged site is out, in words. */
-function excess({ meaning, headroom_ratio: headroom }) {
-  return headroom < 1
-    ? `${ratio(1 / headroom)} ${limitName(meaning)}`
-    : `only ${ratio(headroom)} below ${limitName(meaning)}`;
+function excess(flag) {
+  const { headroom_ratio: headroom } = flag;
+  return headroom < 1 ? `${ratio(1 / headroom)} ${limitName(flag)}` : `only ${ratio(headroom)} below ${limitName(flag)}`;
 }
 
-function evidence({ meaning, absmax, limit, phase }) {
-  return `absmax ${number(absmax)} against ${limitName(meaning)} ${number(limit)}${phase ? `, in phase ${phase}` : ""}`;
+function evidence(flag) {
+  // Of a block format no phase is known, and the largest of a typical block is judged.
+  const [what, where] = flag.phase ? ["absmax", `, in phase ${flag.phase}`] : ["block maximum", ""];
+  const often = flag.windows ? `. Exceeded in ${exceeded(flag)} windows since ${clock(flag.first_exceeded)}` : "";
+  return `${what} ${number(flag.absmax)} against ${limitName(flag)} ${number(flag.limit)}${where}${often}`;
 }
 
 function unflagged({ sites, cards, selection, selectedCards }) {
