@@ -67,22 +67,62 @@ class RawHooks:
         np.savez(path, **{name: np.concatenate(rows) for name, rows in self.rows.items()})
 
 
-class Int8Hooks(RawHooks):
-    """Collects the tensors themselves and writes what INT-8 costs them: SQNR in dB and the share of zeroed elements."""
+class FormatHooks(RawHooks):
+    """Collects the tensors themselves; writes what each number format costs them, without maxact's code.
+
+    Per site ``[formats, 2]``: SQNR in dB and the share of elements that become zero, in the order of `dequantizers`, of
+    all steps together.
+    """
 
     def _keep(self, name: str, x: Any) -> None:
         self.rows.setdefault(name, []).append(x.float().numpy().copy())
 
     def save(self, path: str) -> None:
-        """Quantize and dequantize every site at its own absmax / 127, all steps together."""
+        """Quantize and dequantize every site at its own absmax, all steps together."""
         self.rows.pop("positions")
-        costs = {}
-        for name, rows in self.rows.items():
-            x = np.concatenate(rows).astype(np.float64)
-            steps = np.rint(x / (np.abs(x).max() / 127)).clip(-127, 127)
-            noise = ((x - steps * np.abs(x).max() / 127) ** 2).mean()
-            costs[name] = np.array([10 * np.log10((x**2).mean() / noise), (steps == 0).mean()])
-        np.savez(path, **costs)
+        formats = dequantizers()
+        np.savez(path, **{name: _costs(np.concatenate(rows), formats) for name, rows in self.rows.items()})
+
+
+def _costs(x: Any, formats: dict[str, Any]) -> Any:
+    costs = []
+    for dequantize in formats.values():
+        near = dequantize(x.astype(np.float64))
+        costs.append([10 * np.log10((x**2).mean() / ((x - near) ** 2).mean()), (near == 0).mean()])
+    return np.array(costs)
+
+
+def dequantizers() -> dict[str, Any]:
+    """By format: from a tensor to what is left of it."""
+    import torch
+
+    def integer(qmax: int) -> Any:
+        return lambda x: np.rint(x / (np.abs(x).max() / qmax)).clip(-qmax, qmax) * np.abs(x).max() / qmax
+
+    def cast(x: Any, dtype: Any) -> Any:
+        return torch.tensor(x, dtype=torch.float32).to(dtype).double().numpy()
+
+    def float8(dtype: Any) -> Any:
+        qmax = torch.finfo(dtype).max
+        return lambda x: cast(x / np.abs(x).max() * qmax, dtype) * np.abs(x).max() / qmax
+
+    def nvfp4(x: Any) -> Any:
+        blocks = x.reshape(-1, 16)
+        tensor_scale = np.abs(x).max() / (6 * 448)
+        largest = np.abs(blocks).max(axis=1, keepdims=True)
+        scale = cast(largest / 6 / tensor_scale, torch.float8_e4m3fn) * tensor_scale
+        steps = np.abs(blocks) / np.where(scale > 0, scale, np.inf)
+        represented = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        nearest = represented[np.searchsorted((represented[1:] + represented[:-1]) / 2, steps)]
+        return (np.sign(blocks) * nearest * scale).reshape(x.shape)
+
+    return {
+        "int8": integer(127),
+        "int4": integer(7),
+        "fp8_e4m3": float8(torch.float8_e4m3fn),
+        "fp8_e5m2": float8(torch.float8_e5m2),
+        "nvfp4": nvfp4,
+    }
 
 
 class ScaledHooks(RawHooks):
@@ -140,8 +180,8 @@ def main(spec_path: str, out_path: str) -> None:
     started = time.monotonic()
     llm = LLM(**spec["llm"])
     print(f"engine up in {time.monotonic() - started:.1f} s", flush=True)
-    raw = Int8Hooks() if spec.get("int8") else ScaledHooks(spec["scales"]) if "scales" in spec else RawHooks()
-    if spec.get("raw") or spec.get("int8") or "scales" in spec:
+    raw = FormatHooks() if spec.get("formats") else ScaledHooks(spec["scales"]) if "scales" in spec else RawHooks()
+    if spec.get("raw") or spec.get("formats") or "scales" in spec:
         llm.apply_model(raw.install)
     time.sleep(spec.get("idle_seconds", 0))
     for batch in spec["batches"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from engines import NATIVE, Run
 
 from maxact_proto import stats
+from maxact_proto.formats import FORMATS
 from maxact_sidecar import resolution
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -40,7 +42,7 @@ SHORT = [{"prompts": prompts([5, 33, 64, 100], 2), "max_tokens": 1}]
 
 @pytest.fixture(scope="session")
 def counted(engine_run: Callable[..., Run], smollm2: Path) -> Run:
-    return engine_run(spec(smollm2, **NATIVE) | {"batches": EVERY_ROW, "int8": True})
+    return engine_run(spec(smollm2, **NATIVE) | {"batches": EVERY_ROW, "formats": True})
 
 
 def spec(model: Path, *, raw: bool = False, chunk: int | None = None, **llm: Any) -> dict[str, Any]:
@@ -127,18 +129,69 @@ def test_compiled_token_counts_and_sums_agree_with_eager(single: Run, compiled: 
         np.testing.assert_allclose(seen, expected, rtol=0.02)
 
 
-def test_int8_error_from_the_histogram_is_that_of_quantizing_the_same_tensors(counted: Run) -> None:
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Of every site, what a format costs it: estimated from the histogram, and of the same tensors. ``[S]``."""
+
+    sites: list[str]
+    decibels: Any
+    """Estimated less true SQNR."""
+    zeroed: Any
+    """Estimated less true share."""
+    plain: Any
+    """True where no single element holds a tenth of the power."""
+
+
+def costs(counted: Run, name: str) -> Costs:
+    number = FORMATS[name]
     histogram, total = counted.received.histogram(), counted.received.total()
-    scale = stats.absmax(total).max(axis=0) / resolution.INT8_QMAX
     assert (histogram.sum(axis=-1) == 250 * counted.received.widths()).all(), "every element is counted once"
-    power = total[..., stats.SUM_SQUARES].sum(axis=0) / histogram.sum(axis=-1)
-    sqnr = resolution.sqnr_db(power, resolution.noise_power(histogram, scale))
-    zeroed = resolution.zeroed_ratio(histogram, scale)
-    expected = np.array([counted.raw[name] for name in counted.received.sites()])
-    deviation = np.abs(np.stack([sqnr, zeroed], axis=-1) - expected).max(axis=0)
-    print(f"histogram against quantize-dequantize: SQNR within {deviation[0]:.3f} dB, zeroed within {deviation[1]:.4f}")
-    assert deviation[0] < 0.5
-    assert deviation[1] < 0.01
+    absmax = stats.absmax(total).max(axis=0)
+    energy = total[..., stats.SUM_SQUARES].sum(axis=0)
+    sites = counted.received.sites()
+    true = np.array([counted.raw[site][list(FORMATS).index(name)] for site in sites])
+    found = Costs(
+        sites=sites,
+        decibels=resolution.sqnr_decibels(histogram, absmax, energy / histogram.sum(axis=-1), number) - true[:, 0],
+        zeroed=resolution.zeroed_ratio(histogram, absmax, number) - true[:, 1],
+        plain=absmax**2 < energy / 10,
+    )
+    off, plain = np.abs(found.decibels), np.abs(found.decibels[found.plain])
+    print(
+        f"{number.title}: {len(sites)} sites, true SQNR {true[:, 0].min():.1f} to {true[:, 0].max():.1f} dB; estimate "
+        f"off by {np.median(off):.2f} dB (median), {off.max():.2f} dB at most ({sites[off.argmax()]}), "
+        f"{plain.max():.2f} dB at most on the {plain.size} sites without a dominant element, "
+        f"{found.decibels.max():.2f} dB too high at most; zeroed off by {np.abs(found.zeroed).max():.4f} at most"
+    )
+    return found
+
+
+def test_int8_error_from_the_histogram_is_that_of_quantizing_the_same_tensors(counted: Run) -> None:
+    found = costs(counted, "int8")
+    assert np.abs(found.decibels).max() < 0.5
+    assert np.abs(found.zeroed).max() < 0.01
+
+
+def test_int4_error_from_the_histogram_is_near_but_where_one_element_holds_the_power(counted: Run) -> None:
+    found = costs(counted, "int4")
+    assert np.abs(found.decibels[found.plain]).max() < 0.5
+    assert np.abs(found.decibels).max() < 4.5
+    assert np.abs(found.zeroed).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_is_hardly_ever_promised_better_than_it_is(counted: Run, name: str) -> None:
+    found = costs(counted, name)
+    assert found.decibels.max() < 1.5
+    assert np.abs(found.decibels[found.plain]).max() < 3
+    assert np.abs(found.zeroed).max() < 0.02
+
+
+def test_nvfp4_is_near_though_real_blocks_are_not_drawn_at_random(counted: Run) -> None:
+    found = costs(counted, "nvfp4")
+    assert found.decibels.max() < 1.5
+    assert np.abs(found.decibels[found.plain]).max() < 1.5
+    assert np.abs(found.zeroed).max() < 0.15
 
 
 def test_the_sample_of_large_steps_weighs_as_much_as_the_whole(native: Run) -> None:
