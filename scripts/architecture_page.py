@@ -28,6 +28,8 @@ served by vLLM's CPU build with every site observed.
 - **transformers**: largest relative deviation of `hidden`, layer by layer, from the same checkpoint in transformers; a
   dash where transformers has no class for it or its layers return something else. Where it is above 1e-2 in float32,
   vLLM and transformers themselves compute different things from that checkpoint: the plain hooks see what maxact sees.
+- *Not finite*: compiled, vLLM itself computes NaNs or infinities from that checkpoint on a CPU, and maxact counts them.
+- Inside routed experts the product in front of their down projection (`expert_act`) is seen nowhere: a kernel makes it.
 - Token counts of the three phases were compared with what was sent ({tokens} rows); a wrong one is named in the table.
 
 Weights are float32 unless the table says bfloat16, which vLLM's CPU kernels for gated delta nets insist on: there two
@@ -118,6 +120,9 @@ def _compiled(native: Results, compiled: Results | None) -> str:
         return "not run"
     if "sites" not in compiled:
         return f"failed: {_short(compiled['error'])}"
+    broken = sum(any(site["nonfinite"]) for site in compiled["sites"] if "nonfinite" in site)
+    if broken:
+        return f"not finite in {broken} sites"
     tokens = "" if compiled["tokens"] == native["tokens"] else f"; tokens {compiled['tokens']}"
     return f"{check.worst_deviation(native, compiled):.1e}{tokens}"
 

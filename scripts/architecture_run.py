@@ -62,15 +62,10 @@ _BARE_MLP: Final = (("mlp_input", "fc1"), ("down_proj_input", "fc2"))
 _MERGED_GATE: Final = ("gate_up_proj", "w13", "input_linear")
 _GATE: Final = (*_MERGED_GATE, "gate_proj")
 _ROUTER: Final = ("gate", "router", "proj")
-_SANDWICH: Final = (
-    "pre_feedforward_layernorm",
-    "pre_mlp_layernorm",
-    "post_feedforward_layernorm",
-    "post_mlp_layernorm",
-)
-"""Where a layer has one of these, the norm behind its attention belongs to the attention."""
-_ATTENTION_NORM: Final = ("post_self_attn_layernorm", "post_attention_layernorm")
-_MLP_NORM: Final = ("post_feedforward_layernorm", "post_mlp_layernorm")
+_OWN_NORM: Final = ("pre_feedforward_layernorm", "pre_mlp_layernorm", "post_feedforward_layernorm")
+"""Where a layer has one of these, ``post_attention_layernorm`` belongs to the attention, not to the MLP."""
+_ATTENTION_NORM: Final = ("post_self_attn_layernorm", "post_norm1")
+_MLP_NORM: Final = ("post_feedforward_layernorm", "post_mlp_layernorm", "post_norm2")
 
 
 class RawHooks:
@@ -116,10 +111,10 @@ class RawHooks:
         self._cache(index, mixer, modules)
         self._gate(index, mlp, modules)
         self._experts(index, path, modules)
-        if any(f"{path}.{name}" in modules for name in _SANDWICH):
-            for site, names in (("attn_post_norm", _ATTENTION_NORM), ("post_norm", _MLP_NORM)):
-                if norm := _child(path, names, modules):
-                    self._hook_output(f"{index}.{site}", norm, modules)
+        own = ("post_attention_layernorm",) if _child(path, _OWN_NORM, modules) else ()
+        for site, names in (("attn_post_norm", (*_ATTENTION_NORM, *own)), ("post_norm", _MLP_NORM)):
+            if norm := _child(path, names, modules):
+                self._hook_output(f"{index}.{site}", norm, modules)
         for site, name in _BARE_MLP if not mlp else ():
             self._input(f"{index}.{site}", path, (name,), modules)
         if not mlp and _child(path, ("fc2",), modules):
@@ -148,7 +143,7 @@ class RawHooks:
             if mixer and path.startswith(f"{mixer}."):
                 if type(module).__name__ == "MLAAttention":
                     watch(path, ("k",))
-                elif type(module).__name__ == "Attention" and module.kv_sharing_target_layer_name is None:
+                elif getattr(module, "kv_sharing_target_layer_name", "") is None:
                     watch(path, ("k", "v"))
 
     def _gate(self, index: int, mlp: str, modules: dict[str, Any]) -> None:
@@ -283,7 +278,10 @@ def _serve(recipe: Recipe, folder: Path, mode: str) -> dict[str, Any]:
     sites = zip(seen.sites(), seen.layouts["pp0tp0"].sites, strict=True)
     return about | {
         "sites": [
-            {"site": name, "path": site.module, "width": site.width, "extrema": seen.total()[:, index, :2].tolist()}
+            {
+                **{"site": name, "path": site.module, "width": site.width},
+                **{"extrema": seen.total()[:, index, :2].tolist(), "nonfinite": seen.total()[:, index, 4].tolist()},
+            }
             for index, (name, site) in enumerate(sites)
         ],
         "tokens": seen.tokens(),

@@ -131,9 +131,14 @@ def identity(vllm_config: Any) -> dict[str, Any]:
 
 def holds_attention(module: Any) -> bool:
     """Whether an attention-like layer (attention, Mamba, linear attention) is inside. vLLM 0.26-0.32."""
+    return any(is_mixer(inner) for inner in module.modules())
+
+
+def is_mixer(module: Any) -> bool:
+    """Whether this is an attention-like layer itself. vLLM 0.26-0.32."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    return any(isinstance(inner, AttentionLayerBase) for inner in module.modules())
+    return isinstance(module, AttentionLayerBase)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,9 +196,7 @@ def cached(module: Any) -> list[Cached]:
 
     vLLM 0.26-0.32. Nothing for other modules, and where the cache of an earlier layer is used.
     """
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    if not isinstance(module, AttentionLayerBase) or not hasattr(module, "_k_scale"):
+    if not is_mixer(module) or not hasattr(module, "_k_scale"):
         return []
     if getattr(module, "kv_sharing_target_layer_name", None) is not None:
         return []

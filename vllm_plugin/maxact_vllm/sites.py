@@ -24,7 +24,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from maxact_vllm.compat import cached, holds_attention, is_missing_layer, static_scale
+from maxact_vllm.compat import cached, holds_attention, is_missing_layer, is_mixer, static_scale
 from maxact_vllm.instrument import Reads, Tap
 
 
@@ -108,15 +108,23 @@ def _block_taps(
     rows = [name for name, inner in linears if _is_row(inner) and inner.output_size == hidden_size] or narrowing
     taking = [name for name, inner in linears if not _is_row(inner) and inner.input_size == hidden_size]
     columns = [name for name in taking if name not in rows]
-    # What stands inside a block of experts runs in an operation that the compiler does not look into, on GPUs.
-    hidden_inside = _has_experts(block)
-    if hidden_inside:
+    if _has_experts(block):
+        # On GPUs experts and router run in an operation that the compiler does not look into.
         yield Tap(layer=index, name=into, path=path, module=block, reads="input", width=hidden_size)
     elif columns:
-        yield _input_tap(index, into, path, block, columns[0])
+        yield replace(_input_tap(index, into, path, block, columns[0]), alone=_is_opaque(block, columns[0]))
     if rows:
-        yield replace(_input_tap(index, out_of, path, block, rows[-1]), alone=hidden_inside)
+        alone = _has_experts(block) or _is_opaque(block, rows[-1])
+        yield replace(_input_tap(index, out_of, path, block, rows[-1]), alone=alone)
     yield Tap(layer=index, name=output, path=path, module=block, reads="output", width=hidden_size)
+
+
+def _is_opaque(block: nn.Module, name: str) -> bool:
+    """Whether a module of ``block`` stands inside a mixer, such as a short convolution, which may be one operation to
+    the compiler as a whole."""
+    parts = name.split(".")
+    above = [block, *(block.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))]
+    return any(is_mixer(module) for module in above)
 
 
 def _cache_taps(index: int, path: str, block: nn.Module) -> Iterator[Tap]:
@@ -208,6 +216,8 @@ def _post_norm_taps(
     before, between, behind = order[:first], order[first + 1 : second], order[second + 1 :]
     if between and behind and (len(between) > 1 or not before):
         yield _norm_tap(index, "attn_post_norm", path, layer, between[0], hidden_size)
+    # Embeddings per layer are added behind the MLP's own residual add.
+    behind = [name for name in behind if "per_layer" not in name]
     if behind:
         yield _norm_tap(index, "post_norm", path, layer, behind[-1], hidden_size)
 
