@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from maxact_vllm.instrument import Tap
 
 _MOST_CHARACTERS = 300
+_WHY = {"expert_act": "it is made inside a kernel"}
+"""Why a site that exists in every mixture is observed in none."""
 
 
 def sites(
@@ -75,7 +77,8 @@ def _print(model: str, taps: Sequence[Tap], missing: Sequence[str], each: bool) 
         place = f"{first.reads} of {_module(first, len(group))}"
         table.add_row(first.name, _layers(group), f"{first.width:,}", ", ".join(presets), place)
     for name in missing:
-        table.add_row(name, "-", "-", "-", f"not observed: no module has this role ({stats.SITES[name]})")
+        why = _WHY.get(name, "no module has this role")
+        table.add_row(name, "-", "-", "-", f"not observed: {why} ({stats.SITES[name]})")
     Console().print(table)
 
 

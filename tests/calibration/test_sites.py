@@ -31,7 +31,7 @@ def test_layers_that_are_alike_share_a_line_and_no_weights_are_needed(bare: Path
     done = run(str(bare))
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.replace("│", " ").split())
-    assert "212 sites" in text
+    assert "302 sites" in text
     assert "down_proj_input 0-29 1,536 serving input of" in text
     assert "hidden 0-28 576 serving, paper residual of" in text
 

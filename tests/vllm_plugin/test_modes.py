@@ -34,6 +34,7 @@ def test_tokens_from_the_prefix_cache_are_not_computed_and_not_counted(
     batch = {"prompts": [prompt(2 * BLOCK + 44)], "max_tokens": 3}
     run = serve(engine_run, tiny_llama, [batch, batch], enable_prefix_caching=True)
     assert run.received.tokens() == [1, 2 * BLOCK + 43 + 44, 2 * 2]
+    assert sum(window.cached for window in run.received.windows["pp0tp0"]) == 2 * BLOCK
 
 
 def test_drafts_of_speculative_decoding_count_as_decode_rows(engine_run: Callable[..., Run], tiny_llama: Path) -> None:
