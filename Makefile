@@ -6,7 +6,7 @@ JOBS ?= $(if $(shell command -v nvidia-smi),1,2)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check setup proto dashboards metrics-page e2e-alert bench-overhead bench-sidecar architectures clean
+.PHONY: help demo test check setup proto dashboards metrics-page e2e-alert bench-overhead bench-sidecar architectures versions clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
@@ -51,6 +51,10 @@ bench-sidecar: setup ## what a sidecar costs on this machine; ARGS= for benchmar
 
 architectures: setup ## serve a tiny model of every architecture, write docs/architectures.md; resumes; ARGS= narrows
 	$(BIN)/python scripts/architectures.py $(ARGS)
+
+versions: setup ## tests of the plugin with each supported vLLM, in environments of their own; VERSIONS= TESTS= narrow
+	@$(PYTHON) scripts/bootstrap.py --servers
+	@$(PYTHON) scripts/versions.py $(if $(VERSIONS),--vllm $(VERSIONS)) $(if $(TESTS),--tests $(TESTS))
 
 clean: ## remove .venv and caches of this checkout
 	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache

@@ -69,7 +69,7 @@ def test_nothing_imports_calibration_backwards(package: str) -> None:
     ("statement", "forbidden"),
     [
         ("import maxact_vllm", ("torch", "grpc", "vllm", "numpy")),
-        ("import maxact_vllm.config", ("torch", "grpc", "vllm")),
+        ("import maxact_vllm.config, maxact_vllm.plugin", ("torch", "grpc", "vllm", "numpy")),
         ("import maxact_sidecar.cli, maxact_sidecar.run", ("torch", "vllm")),
         ("import maxact_calibration.cli, maxact_calibration.serve", ("torch", "vllm", "transformers", "grpc")),
     ],

@@ -92,7 +92,8 @@ def test_every_start_has_its_statistics_right(starts: dict[str, Start], name: st
 def test_a_model_loaded_from_the_cache_measures_what_the_one_that_was_compiled_did(starts: dict[str, Start]) -> None:
     assert starts["with again"].compiled["num_aot_artifacts_loaded"] == 1
     first, again = (starts[name].run.received.total() for name in ("with", "with again"))
-    np.testing.assert_array_equal(again, first)
+    np.testing.assert_array_equal(again[..., : stats.NUM_EXTREMA], first[..., : stats.NUM_EXTREMA])
+    np.testing.assert_allclose(again, first, rtol=1e-6)  # sums over other windows
 
 
 @pytest.mark.parametrize("name", ["without", "with", "other sites"])
