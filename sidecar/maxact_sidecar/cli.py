@@ -168,11 +168,19 @@ class _Json(JsonFormatter):
             log_data.update(record.args)
 
 
+class _Line(logging.Formatter):
+    """Names come from workers and cards: no line break and no terminal sequence of theirs is obeyed."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+
+
 def _set_up_logging() -> None:
     """Readable lines on a terminal, JSON where a machine reads them."""
     handler = logging.StreamHandler(sys.stderr)
     if sys.stderr.isatty():
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Line("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     else:
         handler.setFormatter(_Json("{asctime}{levelname}{name}{message}", style="{"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -22,13 +22,15 @@ from maxact_sidecar import __version__, api
 from maxact_sidecar.auth import Gate, TooManyLoginsError
 from maxact_sidecar.card import Card, CardError, LoadedCard, build_card
 from maxact_sidecar.collector import OPENMETRICS, TEXT, Collector
-from maxact_sidecar.config import Address, parse_address
+from maxact_sidecar.config import parse_address
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.ingest import clock
 from maxact_sidecar.snapshot import Snapshot
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 """20,000 sites x 3 phases of a card are about 15 MB."""
+MOST_CARDS = 256
+"""A card for a new model costs whoever may post nothing to invent."""
 
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -47,13 +49,13 @@ Name = Annotated[str | None, Query(description="Name of the card in metrics; its
 Add = Annotated[bool, Query(description="Keep other cards of the model: the widest range of all counts")]
 
 
-def make_app(fleet: Fleet, collector: Collector, gate: Gate, address: Address) -> FastAPI:
-    """The application, as served at ``address``."""
+def make_app(fleet: Fleet, collector: Collector, gate: Gate, *, by_own_names: bool) -> FastAPI:
+    """The application. ``by_own_names``: without a login only for who calls it by a name of the loopback."""
     app = FastAPI(title="maxact sidecar", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(_BodyLimit)
     if not gate.is_open:
         app.add_middleware(_Guard, gate=gate)
-    elif address.is_local and not address.path:
+    elif by_own_names:
         app.add_middleware(_OwnNames)
     app.add_exception_handler(RequestValidationError, _explain)
     app.add_exception_handler(405, _name_methods)
@@ -116,10 +118,17 @@ def _add_api(app: FastAPI, fleet: Fleet) -> None:
         """Calibration cards in use."""
         return [api.view_card(card) for card in fleet.cards]
 
-    @app.post("/api/v1/cards", status_code=201, responses={413: {"description": "Card too large"}})
+    @app.post(
+        "/api/v1/cards",
+        status_code=201,
+        responses={409: {"description": "Too many cards"}, 413: {"description": "Card too large"}},
+    )
     async def load_card(card: Card, name: Name = None, add: Add = False) -> api.CardView:
         """Judge ``range`` against this card, in place of those of the same model or, with ``add``, as well."""
         loaded = LoadedCard(name=name or card.model, served_model=card.model, card=card)
+        is_known = any((each.served_model, each.name) == (loaded.served_model, loaded.name) for each in fleet.cards)
+        if len(fleet.cards) >= MOST_CARDS and not is_known:
+            raise HTTPException(409, f"{MOST_CARDS} cards are in use already")
         fleet.load_card(loaded, clock(), add=add)
         return api.view_card(loaded)
 

@@ -23,6 +23,7 @@ MAX_CONNECTIONS: Final = 256
 PATIENCE_SECONDS: Final = 15.0
 """A connection may keep us waiting so long: for a request, for the rest of one, or for taking the answer."""
 HANDSHAKE_SECONDS: Final = 10.0
+MAX_HEAD_BYTES: Final = 16 * 1024
 _ABORT_SECONDS: Final = 1.0
 _REST_SECONDS: Final = 0.5
 """Before we accept again after it failed, most likely for want of file descriptors."""
@@ -43,13 +44,14 @@ class _Connection(H11Protocol):
 
 
 class HttpServer(uvicorn.Server):
-    """Serves an ASGI application; `look_after` is to be called about once a second."""
+    """Serves an ASGI application."""
 
     def __init__(self, app: Any, identity: Identity | None) -> None:
         """Raises `ConfigError` where the certificate cannot be used."""
         config = uvicorn.Config(
             app,
             http=_Connection,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             ws="none",
             log_config=None,
             # Below are warnings that anybody can provoke with a request that is none.
@@ -118,7 +120,13 @@ class HttpServer(uvicorn.Server):
     def _protocol(self) -> Any:
         return _Connection(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-    def look_after(self) -> None:
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % 10 == 0:
+            self._look_after()
+        return await super().on_tick(counter)
+
+    def _look_after(self) -> None:
         """Take over a renewed certificate, and cut off who keeps us waiting."""
         if self._renewal:
             self._renewal.look()

@@ -57,6 +57,7 @@ async def serve(read: Callable[[], Settings]) -> None:
     """
     settings = read()
     metrics = SelfMetrics()
+    os.umask(0o077)  # sockets and state are ours alone
     _allow_files(most_connections(settings) + MAX_CONNECTIONS)
     with contextlib.ExitStack() as stack:
         store = Store(settings.state, metrics) if settings.state else None
@@ -78,10 +79,12 @@ async def _serve(settings: Settings, read: Callable[[], Settings], metrics: Self
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: _reload(settings, read, fleet, collector))
     with _listening(settings.http) as (listener, http), _private_socket(settings.grpc):
-        http_server = HttpServer(make_app(fleet, collector, http_gate, settings.http), http_identity)
+        # Nobody but us has a certificate that a browser takes for ours.
+        by_own_names = settings.http.is_local and not settings.http.path and http_identity is None
+        http_server = HttpServer(make_app(fleet, collector, http_gate, by_own_names=by_own_names), http_identity)
         grpc_server, grpc = await start_server(Telemetry(fleet, settings, metrics, grpc_gate), settings, grpc_identity)
         http_task = asyncio.create_task(http_server.serve(sockets=[listener]))
-        settle_task = asyncio.create_task(_settle(fleet, store, http_server, stop))
+        settle_task = asyncio.create_task(_settle(fleet, store, stop))
         page = str(http) if http.path else f"{'https' if http_identity else 'http'}://{http}"
         where = {"grpc": str(grpc), "page": f"{page}/", "metrics": f"{page}/metrics"}
         _log.info("sidecar ready grpc=%(grpc)s page=%(page)s metrics=%(metrics)s", where)
@@ -101,7 +104,10 @@ def _allow_files(num_connections: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     granted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+    except (OSError, ValueError):  # a sandbox forbids it
+        granted = soft
     if granted < needed:
         wanted = {"granted": granted, "needed": needed}
         _log.warning("too few open files for max_streams granted=%(granted)d needed=%(needed)d", wanted)
@@ -117,7 +123,7 @@ def _warn_of_openings(settings: Settings, grpc_gate: Gate, http_gate: Gate) -> N
         if not gate.is_open and not address.is_local and settings.tls_cert is None:
             _log.warning("tokens and passwords cross the network unencrypted server=%(server)s", {"server": name})
     for name, path in settings.secrets.items():
-        if path.stat().st_mode & stat.S_IROTH:
+        if path.exists() and path.stat().st_mode & stat.S_IROTH:
             loose = {"setting": name, "file": str(path)}
             _log.warning("every user of this machine can read it setting=%(setting)s file=%(file)s", loose)
 
@@ -141,12 +147,11 @@ def _reload(started: Settings, read: Callable[[], Settings], fleet: Fleet, colle
     _log.info("reloaded")
 
 
-async def _settle(fleet: Fleet, store: Store | None, http_server: HttpServer, stop: asyncio.Event) -> None:
+async def _settle(fleet: Fleet, store: Store | None, stop: asyncio.Event) -> None:
     while not stop.is_set():
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), _SETTLE_SECONDS)
         fleet.settle(clock())
-        http_server.look_after()
         await _remember(fleet, store)
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import os
+import pty
 import queue
 import re
+import select
 import socket
 import ssl
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +32,12 @@ from workers import MODEL, SITES, layout, window
 
 from maxact_proto import wire
 from maxact_proto.v1 import telemetry_pb2_grpc
-from maxact_sidecar import auth, httpserver, ingest
+from maxact_sidecar import auth, httpserver, ingest, state
+from maxact_sidecar import fleet as fleets
+from maxact_sidecar.config import make_settings
+from maxact_sidecar.fleet import Fleet
+from maxact_sidecar.headroom import Instant
+from maxact_sidecar.http import MOST_CARDS
 
 TOKEN = "a-token-of-sufficient-length"
 HASH = "$2y$04$" + "a" * 53
@@ -302,6 +311,47 @@ def test_a_browser_that_was_led_here_by_a_foreign_name_is_refused(sidecar: Sidec
     assert httpx.get(f"{sidecar.url}/metrics", headers={"host": host}).status_code == status
 
 
+def test_a_name_that_the_certificate_vouches_for_is_no_foreign_one(
+    tmp_path: Path, authority: trustme.CA, start: Callable[..., Sidecar]
+) -> None:
+    sidecar = start(*install(tmp_path, authority))
+    trusted = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    assert httpx.get(f"{sidecar.url}/metrics", headers={"host": "sidecar.example"}, verify=trusted).is_success
+
+
+def test_state_is_open_to_its_owner_only_whatever_its_folder(tmp_path: Path, start: Callable[..., Sidecar]) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir(mode=0o755)
+    sidecar = start("--state", str(folder))
+    sidecar.connect().send(1.0)
+    wait_for(lambda: any(folder.iterdir()), 10)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+
+
+def test_a_name_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    http, grpc_port = free_port(), free_port()
+    command = [program("maxact"), "sidecar", "--grpc", f"127.0.0.1:{grpc_port}", "--http", f"127.0.0.1:{http}"]
+    controller, terminal = pty.openpty()
+    with subprocess.Popen(command, stderr=terminal) as process:
+        os.close(terminal)
+        wait_for(lambda: b"sidecar ready" in read_some(controller), 20)
+        stream(f"127.0.0.1:{grpc_port}", None, engine="\x1b[2J\nWARNING forged")
+        process.terminate()
+    said = b""
+    with contextlib.suppress(OSError):
+        while more := os.read(controller, 65536):
+            said += more
+    os.close(controller)
+    assert b"engine=\\x1b[2J\\nWARNING forged" in said
+    assert b"\x1b" not in said
+
+
+def read_some(terminal: int) -> bytes:
+    """What was written to the terminal meanwhile."""
+    ready, _, _ = select.select([terminal], [], [], 0)
+    return os.read(terminal, 65536) if ready else b""
+
+
 def test_who_logs_in_may_come_by_any_name(tmp_path: Path, start: Callable[..., Sidecar]) -> None:
     (tmp_path / "tokens").write_text(f"{TOKEN}\n")
     sidecar = start("--http-token-file", str(tmp_path / "tokens"))
@@ -434,6 +484,39 @@ def test_a_private_sidecar_with_private_files_has_nothing_to_say(tmp_path: Path,
 def test_a_layout_beyond_a_limit_is_refused(sidecar: Sidecar, changes: dict[str, Any], details: str) -> None:
     assert stream(sidecar.grpc, None, **changes) == (grpc.StatusCode.INVALID_ARGUMENT, details)
     assert sidecar.get("models") == []
+
+
+def test_an_engine_has_only_so_many_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_MOST_RANKS", 2)
+    fleet = Fleet(make_settings())
+    for tp_rank in range(2):
+        fleet.attach(layout(tp_rank=tp_rank, tp_size=4))
+    with pytest.raises(wire.WireError, match="2 ranks of this engine are known"):
+        fleet.attach(layout(tp_rank=2, tp_size=4))
+    fleet.attach(layout(tp_rank=1, tp_size=4))
+
+
+def test_of_engines_that_are_gone_the_oldest_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleets, "_MOST_GONE", 3)
+    fleet = Fleet(make_settings(stale=1e6))
+    for number in range(5):
+        engine, rank = fleet.attach(layout(engine=f"engine-{number}"))
+        engine.detach(rank, Instant(1e9 + number, 1000.0 + number))
+    shown = [snapshot.engine for snapshot in fleet.snapshots(Instant(1e9 + 9, 1009.0))]
+    assert shown == ["engine-2", "engine-3", "engine-4"]
+
+
+def test_only_so_many_cards_are_kept(sidecar: Sidecar) -> None:
+    sidecar.connect().send(1.0)
+    card = sidecar.get("card")
+    with httpx.Client(base_url=sidecar.url) as client:
+
+        def load(number: int) -> int:
+            return client.post("/api/v1/cards", json={**card, "model": f"model-{number}"}).status_code
+
+        assert {load(number) for number in range(MOST_CARDS)} == {201}
+        assert (load(MOST_CARDS), load(0)) == (409, 201)
+    assert len(sidecar.get("cards")) == MOST_CARDS
 
 
 def test_a_stream_that_says_nothing_is_ended(sidecar: Sidecar) -> None:

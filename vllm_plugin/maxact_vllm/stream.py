@@ -27,6 +27,7 @@ _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 10.0
 _REPEAT_LOG_SECONDS = 300.0
 _DRAIN_SECONDS = 1.5
+_LONGEST_REASON = 500
 _WHAT_TO_DO = {
     "UNAUTHENTICATED": "Give --maxact-token-file a file with one of its tokens",
     "SettingsError": "The file is read again at every try",
@@ -203,5 +204,7 @@ def _describe(error: Exception) -> str:
     code = getattr(error, "code", None)
     details = getattr(error, "details", None)
     if callable(code) and callable(details):
-        return f"{code().name}: {details()}"
+        # Written by whoever answers at that address.
+        text = "".join(each if each.isprintable() else " " for each in str(details())[:_LONGEST_REASON])
+        return f"{code().name}: {text}"
     return f"{type(error).__name__}: {error}"
