@@ -7,7 +7,7 @@ COPY protos protos
 COPY vllm_plugin vllm_plugin
 COPY sidecar sidecar
 COPY calibration calibration
-RUN python -m venv /opt/maxact && /opt/maxact/bin/pip install --no-cache-dir .
+RUN python -m venv /opt/maxact && /opt/maxact/bin/pip install --no-cache-dir '.[auth]'
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/maxact /opt/maxact

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 from cloudcoil.models.prometheus_operator import v1 as operator_types
 from packaging.requirements import Requirement
@@ -263,6 +264,29 @@ def test_the_annotated_overlay_names_the_port_of_the_sidecar() -> None:
     assert template["metadata"]["annotations"]["prometheus.io/port"] == str(port["containerPort"])
 
 
+def test_the_secured_overlay_is_a_configuration_that_works(tmp_path: Path) -> None:
+    text = run_tool("kubectl", "kustomize", DEPLOY / "kubernetes/overlays/secured")
+    resources = {(item["kind"], item["metadata"]["name"]): item for item in yaml.safe_load_all(text)}
+    pod = resources["Deployment", "vllm"]["spec"]["template"]["spec"]
+    (sidecar,) = pod["initContainers"]
+    secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
+    (endpoint,) = resources["PodMonitor", "maxact"]["spec"]["podMetricsEndpoints"]
+    assert endpoint["scheme"] == "https"
+    assert endpoint["tlsConfig"]["ca"]["secret"]["name"] == secrets["tls"]
+    assert endpoint["authorization"]["credentials"] == {"name": secrets["token"], "key": "token"}
+    assert {sidecar[f"{kind}Probe"]["httpGet"]["scheme"] for kind in ("startup", "liveness", "readiness")} == {"HTTPS"}
+    mounts = {mount["name"]: mount["mountPath"] for mount in sidecar["volumeMounts"]}
+    arguments = [
+        argument.replace(mounts["tls"], str(tmp_path)).replace(mounts["token"], str(tmp_path))
+        for argument in sidecar["args"]
+    ]
+    issued = trustme.CA().issue_cert(endpoint["tlsConfig"]["serverName"])
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "tls.crt"))
+    issued.private_key_pem.write_to_path(str(tmp_path / "tls.key"))
+    (tmp_path / "token").write_text("a-token-of-sufficient-length")
+    assert run_tool("maxact", *arguments, "--check-config") == "the configuration is right\n"
+
+
 def test_rules_and_dashboards_are_the_committed_ones(monitored: dict[tuple[str, str], dict[str, Any]]) -> None:
     for name in ("maxact", "maxact-reference"):
         rules = yaml.safe_load((ROOT / f"grafana/rules/{name}.rules.yaml").read_bytes())
@@ -273,11 +297,22 @@ def test_rules_and_dashboards_are_the_committed_ones(monitored: dict[tuple[str, 
         assert config["data"] == {path.name: path.read_text()}
 
 
-def test_the_systemd_unit_is_valid_and_hardened(tmp_path: Path) -> None:
-    unit = (DEPLOY / "systemd/maxact-sidecar.service").read_text()
-    installed = Path(sys.executable).with_name("maxact")
+@pytest.mark.parametrize("drop_in", [None, "tls.conf"])
+def test_the_systemd_unit_is_valid_and_hardened(tmp_path: Path, drop_in: str | None) -> None:
+    installed = str(Path(sys.executable).with_name("maxact"))
     path = tmp_path / "maxact-sidecar.service"
-    path.write_text(unit.replace("/opt/maxact/bin/maxact", str(installed)))
+    unit = (DEPLOY / "systemd/maxact-sidecar.service").read_text()
+    if drop_in:
+        # As a second part of the unit: systemctl reads it so, and systemd-analyze looks for drop-ins elsewhere.
+        unit += (DEPLOY / "systemd" / drop_in).read_text()
+    path.write_text(unit.replace("/opt/maxact/bin/maxact", installed))
     run_tool("systemd-analyze", "verify", path)
     score = run_tool("systemd-analyze", "security", "--offline=true", path)
     assert float(re.search(r"exposure level for \S+: ([\d.]+)", score)[1]) <= 1.5  # type: ignore[index]
+
+
+def test_the_sidecar_takes_the_options_of_the_systemd_units() -> None:
+    known = set(re.findall(r"--[a-z0-9-]+", run_tool("maxact", "sidecar", "--help")))
+    for path in (DEPLOY / "systemd").iterdir():
+        (command,) = re.findall(r"^ExecStart=/opt/maxact/bin/maxact sidecar(.*)", path.read_text(), re.MULTILINE)
+        assert set(re.findall(r"--[a-z0-9-]+", command)) <= known
