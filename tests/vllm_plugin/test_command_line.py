@@ -36,6 +36,14 @@ def test_help_shows_the_flags() -> None:
             ("--plugin", "maxact", "--maxact-sites", "(hidden"),
             "argument --maxact-sites: maxact sites: '(hidden' is no preset (serving, paper, all) and no regular",
         ),
+        (
+            ("--maxact-tls-ca", "/no/such/ca.pem"),
+            "argument --maxact-tls-ca: maxact tls_ca: /no/such/ca.pem: No such file or directory",
+        ),
+        (
+            ("--maxact-token-file", "/dev/null"),
+            "argument --maxact-token-file: maxact token_file: /dev/null: holds no token",
+        ),
     ],
 )
 def test_a_bad_flag_is_an_argument_error_before_a_model_loads(
