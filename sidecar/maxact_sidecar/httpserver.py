@@ -84,6 +84,7 @@ class HttpServer(uvicorn.Server):
         """End what we started, then what uvicorn did."""
         for task in self._acceptors:
             task.cancel()
+        await asyncio.gather(*self._acceptors, return_exceptions=True)
         await super().shutdown(sockets)
         for task in self._guests:
             task.cancel()
@@ -98,12 +99,14 @@ class HttpServer(uvicorn.Server):
                 _log.error("http: cannot accept reason=%(reason)s", {"reason": str(error.strerror)})
                 await asyncio.sleep(_REST_SECONDS)
                 continue
-            if len(self._guests) >= MAX_CONNECTIONS:
+            if len(self._guests) < MAX_CONNECTIONS:
+                task = asyncio.create_task(self._receive(connection))
+                self._guests.add(task)
+                task.add_done_callback(self._guests.discard)
+            else:
                 connection.close()
-                continue
-            task = asyncio.create_task(self._receive(connection))
-            self._guests.add(task)
-            task.add_done_callback(self._guests.discard)
+            # While connections pour in, accepting never waits; windows must be merged meanwhile.
+            await asyncio.sleep(0)
 
     async def _receive(self, connection: socket.socket) -> None:
         """Hand over to uvicorn, which knows the connection once its handshake is done."""
