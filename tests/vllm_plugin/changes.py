@@ -78,6 +78,23 @@ CHANGES = {
 }
 
 
+def _hooking_fails_half_way() -> None:
+    from maxact_vllm import instrument
+
+    own_storage, calls = instrument.own_storage, iter(range(1000))
+
+    def fail_at_the_fifth(part: Any) -> Any:
+        if next(calls) == 4:
+            raise RuntimeError("no memory left")
+        return own_storage(part)
+
+    instrument.own_storage = fail_at_the_fifth
+
+
+ACCIDENTS = {"hooking fails half-way": Change(_hooking_fails_half_way, "no memory left")}
+"""Not vLLM's doing, but ours."""
+
+
 def look() -> dict[str, Any]:
     """What the canary says, what becomes of ``--plugin maxact``, and the lines logged meanwhile."""
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -1,6 +1,6 @@
 """Run as a program: what maxact left in a process after an in-process engine served; one JSON line.
 
-``run_probe.py MODEL ADDITIONAL_CONFIG_JSON [CHANGE]``: ``CHANGE`` of `changes.CHANGES` is made to vLLM first.
+``run_probe.py MODEL ADDITIONAL_CONFIG_JSON [CHANGE]``: ``CHANGE`` of `changes` is made first.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import threading
 from typing import Any
 
-from changes import CHANGES
+from changes import ACCIDENTS, CHANGES
 
 
 def count_hooks(model: Any) -> int:
@@ -34,7 +34,7 @@ def ours(owner: Any) -> list[str]:
 def main(model: str, additional: str, change: str = "") -> None:
     """Serve one request, then look around."""
     if change:
-        CHANGES[change].make()
+        (CHANGES | ACCIDENTS)[change].make()
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -61,6 +61,7 @@ def main(model: str, additional: str, change: str = "") -> None:
         "grpc": sorted(name for name in sys.modules if name.partition(".")[0] == "grpc"),
         "wrapped": sorted(ours(worker) + ours(worker.model_runner)),
         "patched": sorted(ours(EngineArgs) + ours(VllmConfig) + ours(WorkerWrapperBase)),
+        "additional_config": llm.llm_engine.vllm_config.additional_config,
         "cache_key": getattr(llm.llm_engine.vllm_config, "compute_hash", str)(),
     }
     print("FOUND " + json.dumps(found), flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from changes import CHANGES
+from changes import ACCIDENTS, CHANGES
 from engines import ENVIRON, probe
 
 from maxact_vllm import canary
@@ -68,9 +68,20 @@ def test_serving_goes_on_unobserved_with_exactly_one_line(tiny_llama: Path, chan
     found, log = probe(tiny_llama, {"maxact": {}}, change)
     assert found["served"] == 2
     assert (found["hooks"], found["buffers"], found["threads"], found["wrapped"]) == (0, 0, [], [])
+    assert found["additional_config"] == {}, "what is compiled is kept under vLLM's own key"
     lines = [line for line in log.splitlines() if re.search("(WARNING|ERROR).*maxact", line)]
     assert len(lines) == 1, lines
     assert CHANGES[change].said.partition(".")[2] in lines[0]
+
+
+def test_a_graph_that_is_ours_in_part_is_never_found_in_the_cache_again(tiny_llama: Path) -> None:
+    [(accident, change)] = ACCIDENTS.items()
+    found, log = probe(tiny_llama, {"maxact": {}}, accident)
+    assert found["served"] == 2
+    assert (found["hooks"] > 0, found["threads"]) == (True, [])
+    assert list(found["additional_config"]["maxact"]) == ["spoilt"]
+    assert "maxact does not observe this model: instrumenting failed" in log
+    assert change.said in log
 
 
 def test_a_version_that_nobody_tried_is_said_to_be_one(monkeypatch: pytest.MonkeyPatch) -> None:

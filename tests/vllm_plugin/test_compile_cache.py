@@ -22,7 +22,7 @@ from engines import ENVIRON, NATIVE, Run, run_engine
 from maxact_proto import stats
 from maxact_vllm.config import BESIDE_THE_GRAPH, Settings
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 OTHER = "attn_output|hidden|final_norm"
 PROMPTS = [[(7 * index + 3) % 250 for index in range(length)] for length in (5, 12, 30)]

@@ -35,6 +35,7 @@ def test_installed_but_not_asked_for_leaves_no_hook_no_thread_and_no_grpc(
         "modules": sorted(["maxact_proto", "maxact_vllm", *(f"maxact_vllm.{name}" for name in CHEAP)]),
         "served": disabled["served"],
         "grpc": disabled["grpc"],  # vLLM imports some of it itself
+        "additional_config": {},
         "cache_key": disabled["cache_key"],
     }
     assert "maxact" not in "".join(line for line in log.splitlines() if "FOUND" not in line and "WARNING" in line)
