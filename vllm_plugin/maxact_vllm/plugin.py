@@ -17,7 +17,7 @@ import os
 from typing import Any
 
 from maxact_vllm import canary, logger
-from maxact_vllm.config import KEY, PATHS, Settings, SettingsError, graph_key, number
+from maxact_vllm.config import KEY, PATHS, Settings, SettingsError, disown, graph_key, number
 from maxact_vllm.credentials import check_file, check_files
 
 _installed = False
@@ -189,6 +189,7 @@ def _wrap_worker() -> None:
         try:
             _attach(self)
         except Exception as error:
+            disown(self.vllm_config)
             logger.warning("maxact does not observe this engine: %s: %s", type(error).__name__, error)
         return result
 
