@@ -215,6 +215,38 @@ def _first_exceeded() -> Any:
     return rows(text, queries, columns, sort="First", descending=True)
 
 
+def _saturated() -> Any:
+    text = Text(
+        id=25,
+        title="Saturated by the deployed scale",
+        description="Share of elements beyond the limit of the static scale that the served checkpoint has for the "
+        "site, per phase, over the hold horizon; counted exactly. Empty without static scales.",
+        unit="percentunit",
+    )
+    return lines(text, _phased(("maxact_saturation_ratio", "")))
+
+
+def _lost() -> Any:
+    text = Text(
+        id=26,
+        title="Lost to the deployed scale",
+        description="Elements that the static scale of the served checkpoint saturates, and those that it rounds to "
+        "zero, over all it was applied to; counted exactly. Empty without static scales.",
+        unit="percentunit",
+    )
+    kinds = (("maxact_saturated_total", "saturated"), ("maxact_zeroed_total", "zeroed"))
+    applied = f"rate({select('maxact_scaled_elements_total', 'site')}[$__rate_interval])"
+    queries = [
+        Query(
+            expr=f"rate({select(name, 'site')}[$__rate_interval]) / {applied} "
+            f"and topk({MOST_LINES}, {select(name, 'site')} @ end())",
+            legend=f"{_NAME} {{{{phase}}}} {kind}",
+        )
+        for name, kind in kinds
+    ]
+    return lines(text, queries)
+
+
 def _nonfinite() -> Any:
     text = Text(
         id=16,
@@ -292,6 +324,7 @@ def site() -> Any:
             (8, [(_signed(), 12), (_bulk(), 12)]),
             (8, [(_crest(), 12), (_nonfinite(), 12)]),
             (8, [(_noise(), 12), (_zeroed(), 12)]),
+            (8, [(_saturated(), 12), (_lost(), 12)]),
             (8, [(_exceeded(), 12), (_first_exceeded(), 12)]),
             (9, [(_cards(), 12), (_reference(), 12)]),
         ]

@@ -44,10 +44,12 @@ def _stats() -> list[tuple[Any, int]]:
         id=4,
         title="Token rows per second",
         description="Token rows that went through the model, per phase. first: position 0 of a sequence; prefill: "
-        "the rest of the prompt; decode: behind the prompt.",
+        "the rest of the prompt; decode: behind the prompt. cached: tokens that the prefix cache saved from being "
+        "computed, so that nothing is known of them.",
         unit="cps",
     )
     rate = f"sum by (phase) (rate({select('maxact_tokens_total', 'engine')}[$__rate_interval]))"
+    cached = f"sum(rate({select('maxact_cached_tokens_total', 'engine')}[$__rate_interval]))"
     flag = f"sum by (meaning, format) ({select('maxact_headroom_flag', 'engine')})"
     smallest = Query(expr=f"min by (meaning, format) ({worst_margin(scope='engine')})", legend="{{meaning}} {{format}}")
     peak = Query(expr=f"max({select('maxact_absmax', 'engine')})")
@@ -55,7 +57,7 @@ def _stats() -> list[tuple[Any, int]]:
         (verdict(margins, [smallest], steps=margin_steps(), empty="no traffic"), 7),
         (verdict(flags, [Query(expr=flag, legend="{{meaning}} {{format}}")], steps=NONE_GOOD, empty="not judged"), 5),
         (verdict(largest, [peak], empty="no traffic"), 4),
-        (verdict(tokens, [Query(expr=rate, legend="{{phase}}")], empty="no traffic"), 8),
+        (verdict(tokens, [Query(expr=rate, legend="{{phase}}"), Query(expr=cached, legend="cached")], empty="idle"), 8),
     ]
 
 

@@ -1,8 +1,9 @@
 """The programs that tests drive: prometheus, promtool, alertmanager, amtool, chromium. Standard library only.
 
 On Debian and Ubuntu packages are downloaded and unpacked beside `.venv`, which needs no root and, unlike installing
-prometheus, starts no service. Only chromium, as root, is installed: it wants many libraries. Elsewhere, and for what
-is still missing, the tests concerned are skipped with that reason; with ``CI`` set it is an error.
+prometheus, starts no service. Only chromium, as root, is installed: it wants many libraries; and Debian's alertmanager
+reads its templates from ``/usr/share`` alone, where root copies them. Elsewhere, and for what is still missing, the
+tests concerned are skipped with that reason; with ``CI`` set it is an error.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ PACKAGES: Dict[str, str] = {
 SELF_CONTAINED = {"prometheus", "prometheus-alertmanager"}
 """Packages whose programs run without any other package."""
 
+TEMPLATES = Path("/usr/share/prometheus/alertmanager")
+"""Without ``default.tmpl`` in here Debian's alertmanager does not start."""
+
 CHROMIUM = """#!/bin/sh
 LD_LIBRARY_PATH="{libraries}${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}" exec "{root}/usr/lib/chromium/chromium" "$@"
 """
@@ -47,6 +51,7 @@ def supply(venv: Path) -> None:
             except SetupError as error:
                 print(f"      {package}: {error} (details in .venv/setup.log)", file=sys.stderr, flush=True)
         _link(unpacked, venv / "bin")
+        _place_templates(unpacked)
         shutil.rmtree(unpacked / "apt", ignore_errors=True)
         missing = missing_packages(venv)
     if missing and os.environ.get("CI"):
@@ -58,7 +63,13 @@ def supply(venv: Path) -> None:
 def missing_packages(venv: Path) -> List[str]:
     """Packages of which a program is neither on the path nor in `.venv`."""
     path = f"{venv / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-    return sorted({package for program, package in PACKAGES.items() if not shutil.which(program, path=path)})
+    missing = {package for program, package in PACKAGES.items() if not shutil.which(program, path=path)}
+    return sorted(missing | ({"prometheus-alertmanager"} if lacks_templates() else set()))
+
+
+def lacks_templates() -> bool:
+    """Whether an alertmanager could not start for want of its templates."""
+    return not (TEMPLATES / "default.tmpl").exists()
 
 
 def _bring(reporter: Reporter, package: str, unpacked: Path) -> None:
@@ -111,6 +122,14 @@ def _link(unpacked: Path, programs: Path) -> None:
         source, link = unpacked / "usr/bin" / name, programs / name
         if source.exists() and not link.exists():
             link.symlink_to(source)
+
+
+def _place_templates(unpacked: Path) -> None:
+    source = unpacked / TEMPLATES.relative_to("/")
+    if source.exists() and lacks_templates() and os.geteuid() == 0:
+        TEMPLATES.mkdir(parents=True, exist_ok=True)
+        for template in source.glob("*.tmpl"):
+            shutil.copy(template, TEMPLATES)
 
 
 def _wrap_chromium(root: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any, Final
 
 import grpc
 import httpx
+import servers
 import yaml
 
 from maxact_proto import stats, wire
@@ -38,7 +39,8 @@ class ServerError(RuntimeError):
 
 def missing_programs() -> list[str]:
     """The servers that are not installed here."""
-    return [program for program in PROGRAMS if shutil.which(program) is None]
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    return missing + (["the templates of prometheus-alertmanager"] if servers.lacks_templates() else [])
 
 
 def free_port() -> int:

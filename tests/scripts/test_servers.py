@@ -40,6 +40,24 @@ def test_unpacked_programs_count_as_there(bare: Path) -> None:
     assert servers.missing_packages(bare) == ["chromium", "prometheus-alertmanager"]
 
 
+def test_an_alertmanager_is_there_only_with_its_templates_which_root_copies(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = bare.parent / "usr/share/prometheus/alertmanager"
+    monkeypatch.setattr(servers, "TEMPLATES", place)
+    monkeypatch.setattr(servers.os, "geteuid", lambda: 0)
+    programs = bare / "bin"
+    programs.mkdir(parents=True)
+    for name in servers.PACKAGES:
+        (programs / name).touch(mode=0o755)
+    assert servers.missing_packages(bare) == ["prometheus-alertmanager"]
+    source = bare / "servers" / place.relative_to("/")
+    source.mkdir(parents=True)
+    (source / "default.tmpl").write_text("a template")
+    servers._place_templates(bare / "servers")
+    assert servers.missing_packages(bare) == []
+
+
 def test_without_root_all_that_apt_would_install_is_unpacked() -> None:
     simulated = (
         "Reading package lists...\nThe following NEW packages will be installed:\n  chromium libxnvctrl0\n"
