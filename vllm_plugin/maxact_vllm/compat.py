@@ -191,7 +191,12 @@ class Cached:
     scale: StaticScale | None
 
 
-def cached(module: Any) -> list[Cached]:
+def cache_replicas(block: Any) -> int:
+    """How many tensor-parallel ranks hold each head of keys and values. vLLM 0.26-0.32."""
+    return max((getattr(inner, "num_kv_head_replicas", 1) for inner in block.modules()), default=1)
+
+
+def cached(module: Any, replicas: int = 1) -> list[Cached]:
     """What an attention layer caches: ``k`` and ``v``, or of a latent attention its one vector as ``k``.
 
     vLLM 0.26-0.32. Nothing for other modules, and where the cache of an earlier layer is used.
@@ -203,7 +208,9 @@ def cached(module: Any) -> list[Cached]:
     if hasattr(module, "kv_lora_rank"):
         return [Cached(site="k", width=module.kv_lora_rank, sharded=False, scale=_cache_scale(module, "_k_scale"))]
     heads = module.num_kv_heads
-    sharded = _tensor_parallel_size() > 1
+    # Held whole by every rank where there are as many replicas. Between the two a head counts once per replica: in
+    # tokens and extrema that is right, in elements and sums it is as many times too much.
+    sharded = _tensor_parallel_size() > replicas
     widths = {"k": heads * module.head_size, "v": heads * getattr(module, "head_size_v", module.head_size)}
     return [
         Cached(site=site, width=width, sharded=sharded, scale=_cache_scale(module, f"_{site}_scale"))

@@ -24,7 +24,7 @@ from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from maxact_vllm.compat import cached, holds_attention, is_missing_layer, is_mixer, static_scale
+from maxact_vllm.compat import cache_replicas, cached, holds_attention, is_missing_layer, is_mixer, static_scale
 from maxact_vllm.instrument import Reads, Tap
 
 
@@ -129,8 +129,9 @@ def _is_opaque(block: nn.Module, name: str) -> bool:
 
 def _cache_taps(index: int, path: str, block: nn.Module) -> Iterator[Tap]:
     """What attention puts into the KV cache: keys and values, or the latent vector that both are made of."""
+    replicas = cache_replicas(block)
     for name, inner in block.named_modules():
-        for each in cached(inner):
+        for each in cached(inner, replicas):
             reads: Reads = "second argument" if each.site == "k" else "third argument"
             yield Tap(
                 layer=index,
