@@ -17,12 +17,14 @@ the worst batch of each column, decode and prefill, in percent over base; keys o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,16 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "vllm_plugin"))
     from receiver import Listening
 
-    with Listening() as listening:
-        engines = {column: _engine(column, args, listening.endpoint) for column in args.columns}
+    with contextlib.ExitStack() as stack:
+        receivers = {column: stack.enter_context(Listening()) for column in args.columns if column in PRESETS}
+        with _windows_later():
+            engines = {column: _engine(column, args, receivers.get(column)) for column in args.columns}
         rows = []
         for batch in args.batches:
             rows += _report(_decode(engines, batch, args), args.out)
         rows += _report(_prefill(engines, args), args.out)
+        for column, listening in receivers.items():
+            print(json.dumps({"kind": "observed", "column": column, **_observed(listening.receiver)}), flush=True)
     print("RESULT " + json.dumps(_result(rows, args.columns)), flush=True)
     os._exit(0)  # engines of one process take long to tear down, and nothing is left to save
 
@@ -62,12 +68,40 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _engine(column: str, args: argparse.Namespace, endpoint: str) -> Any:
+@contextlib.contextmanager
+def _windows_later() -> Iterator[None]:
+    """Flushers of engines that come up in here start at its end: while one engine captures its CUDA graphs, no other
+    thread of the process may use the GPU."""
+    from maxact_vllm.flush import Flusher
+
+    waiting: list[Flusher] = []
+    start = Flusher.start
+    Flusher.start = lambda self: waiting.append(self)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Flusher.start = start  # type: ignore[method-assign]
+        for flusher in waiting:
+            flusher.start()
+
+
+def _observed(receiver: Any) -> dict[str, int]:
+    """What came out of an engine that observes, in the windows until now. Raises where that is nothing."""
+    from maxact_proto import stats
+
+    maxima = receiver.total()[..., stats.MAX].max(axis=0)
+    seen = {"tokens": sum(receiver.tokens()), "sites": len(maxima), "silent": int((maxima == -float("inf")).sum())}
+    if not seen["tokens"] or seen["silent"]:
+        raise SystemExit(f"nothing was measured: {seen}")
+    return seen
+
+
+def _engine(column: str, args: argparse.Namespace, listening: Any) -> Any:
     from vllm import LLM
 
     kwargs: dict[str, Any] = {}
-    if column in PRESETS:
-        kwargs["additional_config"] = {"maxact": {"sites": column, "endpoint": endpoint}}
+    if listening:
+        kwargs["additional_config"] = {"maxact": {"sites": column, "endpoint": listening.endpoint, "interval": 1.0}}
     if args.memory:
         kwargs["gpu_memory_utilization"] = args.memory
     if args.dummy:

@@ -12,6 +12,7 @@ plugin's interval + 0.5 s, notification within 15 s at 1 s scrapes and evaluatio
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -69,7 +70,7 @@ def run(folder: Path, stack: ExitStack) -> dict[str, Any]:
     serve(folder, stack, api=api, page=page, receiver=receiver)
     prometheus = stack.enter_context(watchers.run_prometheus(folder, target=page, alertmanager=alertmanager))
     watchers.send_foreign_layout(receiver)
-    watchers.send_scaled_window(receiver)
+    show_scaled(receiver, prometheus)
     calibrate(api, page, prometheus)
     say("prompts of other kinds")
     times = provoke(api, page, prometheus, webhook)
@@ -108,6 +109,18 @@ def serve(folder: Path, stack: ExitStack, *, api: str, page: str, receiver: str)
         environ={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
     )
     stack.enter_context(running)
+
+
+def show_scaled(receiver: str, prometheus: watchers.Prometheus) -> None:
+    """Send windows of a model with a static scale until Prometheus has one: a busy machine misses scrapes."""
+    numbers = itertools.count(1)
+
+    def seen() -> bool:
+        watchers.send_scaled_window(receiver, next(numbers))
+        time.sleep(1)
+        return bool(prometheus.query("maxact_saturation_ratio"))
+
+    within(60, "a site with a static scale in Prometheus", seen)
 
 
 def calibrate(api: str, page: str, prometheus: watchers.Prometheus) -> None:

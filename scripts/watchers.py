@@ -61,14 +61,14 @@ def send_foreign_layout(address: str) -> None:
         list(stub.Stream(iter([message])))
 
 
-def send_scaled_window(address: str) -> None:
-    """One window of a tiny engine whose checkpoint carries a static scale, for the panels that show such scales."""
+def send_scaled_window(address: str, sequence: int) -> None:
+    """A window of a tiny engine whose checkpoint carries a static scale, for the panels that show such scales."""
     site = wire.Site(layer=0, name="mlp_input", width=64, sharded=False, limit=100.0)
     values = stats.empty(1)
     values[stats.PREFILL, 0] = (10, -10, 64, 32, 0)
     window = wire.Window(
         layout_id=0,
-        sequence=1,
+        sequence=sequence,
         start_seconds=time.time() - 1,
         end_seconds=time.time(),
         tokens=(0, 1, 0),
@@ -82,7 +82,7 @@ def send_scaled_window(address: str) -> None:
         replies = stub.Stream(iter(requests.get, None), timeout=10)
         accepted = next(replies).layout_accepted
         requests.put(wire.encode_window(dataclasses.replace(window, layout_id=accepted.layout_id)))
-        assert next(replies).window_ack.sequence == 1
+        assert next(replies).window_ack.sequence == sequence
         requests.put(None)
 
 

@@ -73,7 +73,7 @@ BIN_EDGES: Final = np.array(
 )
 """Where each bin begins, ``[NUM_BINS]``."""
 SAMPLE_EVERY: Final = 64
-"""Of the token rows of a step, one in so many is counted in the histogram, at least one, with its weight."""
+"""Of the token rows one in so many is counted in the histogram, of large steps fewer, each with its weight."""
 
 SITES: Final = {
     "embedding": "token embedding output",

@@ -175,6 +175,10 @@ def main(spec_path: str, out_path: str) -> None:
     spec = json.loads(Path(spec_path).read_text())
     if spec.get("artefacts"):
         let_artefacts_load()
+    if spec.get("formats"):
+        from maxact_proto import stats
+
+        stats.SAMPLE_EVERY = 1  # type: ignore[misc]  # what is compared is the arithmetic, not the draw
     from vllm import LLM, SamplingParams, TokensPrompt
 
     started = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from maxact_proto import stats
 from maxact_vllm import observe, ops
 from maxact_vllm.buffers import COUNTED_ROWS, NUM_ROWS, allocate
 from maxact_vllm.instrument import Tap, in_order, instrument
-from maxact_vllm.observe import reference, sampled
+from maxact_vllm.observe import packed, reference, sampled
 
 UNSCALED = torch.tensor([[torch.inf, -1.0]]).expand(4, 2).contiguous()
 
@@ -35,7 +36,7 @@ def test_the_cpu_kernel_agrees_with_the_reference(
     scales = torch.tensor([[1.5, 0.25], [2.0, 0.5], [1.0, 1.0], [torch.inf, -1.0]])
     histograms = torch.zeros(4, stats.NUM_BINS, dtype=torch.int64)
     expected, counted = rows.clone(), histograms.clone()
-    sampling = torch.tensor([sampled(num_tokens, 5)])
+    sampling = torch.tensor([packed(num_tokens, 64, min(5, num_tokens - 1))])
     torch.ops.maxact.observe(tensors, rows, histograms, sampling, scales, [3, 0, 1])
     reference(tensors, expected, counted, sampling, scales, [3, 0, 1])
     assert torch.equal(histograms, counted)
@@ -52,7 +53,7 @@ def test_an_element_is_counted_in_the_bin_it_lies_in() -> None:
     x = torch.cat([edges, -edges * 1.3, torch.tensor([0.0, 1e-30, 3e38])])[None]
     histograms = torch.zeros(1, stats.NUM_BINS, dtype=torch.int64)
     torch.ops.maxact.observe(
-        [x], torch.zeros(1, NUM_ROWS, 64), histograms, torch.tensor([sampled(1, 0)]), UNSCALED, [0]
+        [x], torch.zeros(1, NUM_ROWS, 64), histograms, torch.tensor([packed(1, 1, 0)]), UNSCALED, [0]
     )
     expected = torch.full((stats.NUM_BINS,), 2)
     expected[0] += 2
@@ -60,14 +61,32 @@ def test_an_element_is_counted_in_the_bin_it_lies_in() -> None:
     assert torch.equal(histograms[0], expected)
 
 
-def test_every_row_of_a_step_has_the_same_chance_and_its_weight_makes_up_for_it() -> None:
-    for num_tokens in (1, 5, 64, 100, 130):
-        counted = torch.zeros(num_tokens)
-        for draw in range(min(num_tokens, stats.SAMPLE_EVERY)):
-            real, offset = divmod(sampled(num_tokens, draw), 1 << 32)
-            assert real == num_tokens
-            counted[offset : stats.SAMPLE_EVERY * num_tokens : stats.SAMPLE_EVERY] += 1
-        assert (counted == 1).all()
+@pytest.mark.parametrize("num_tokens", [1, 5, 64, 100, 256, 2000])
+def test_every_row_of_a_step_has_the_same_chance_and_its_weight_makes_up_for_it(num_tokens: int) -> None:
+    every = max(stats.SAMPLE_EVERY, num_tokens // 4)
+    counts = torch.zeros(num_tokens)
+    for offset in range(every):
+        histograms = torch.zeros(1, stats.NUM_BINS, dtype=torch.int64)
+        chosen = sampled(num_tokens, Draws(offset))
+        x = torch.full((num_tokens, 1), 2.0 ** (stats.LOWEST_OCTAVE + 2))
+        reference([x], torch.zeros(1, NUM_ROWS, num_tokens), histograms, torch.tensor([chosen]), UNSCALED, [0])
+        counts[offset::every] += every
+        assert histograms.sum() == every * len(counts[offset::every])
+        assert len(counts[offset::every]) <= 4
+    assert (counts == every).all()
+
+
+class Draws(random.Random):
+    """Draws what it was given."""
+
+    def __init__(self, draw: int) -> None:
+        super().__init__()
+        self._draw = draw
+
+    def randrange(self, start: int, *_: int) -> int:  # type: ignore[override]
+        """The given draw, of ``start`` possible ones."""
+        assert self._draw < start
+        return self._draw
 
 
 @pytest.mark.parametrize("place", [0, 18, 31])

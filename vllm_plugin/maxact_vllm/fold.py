@@ -93,6 +93,7 @@ class Folder:
         self._block = block = buffers.block
         self._sampling = buffers.sampling
         self._draws = random.Random(0)
+        self._chosen = 0
         self.accumulators = Accumulators(block.shape[1], block.device, block.shape[0] - NUM_ROWS)
         self._decode = torch.from_numpy(_DECODE).to(block.device)
         self._upload = _Upload(block.shape[2], block.device) if block.is_cuda else torch.from_numpy
@@ -106,11 +107,16 @@ class Folder:
 
     def sample(self, num_tokens: int) -> None:
         """Choose the rows of the step that comes, of ``num_tokens``, whose magnitudes are counted."""
-        self._sampling.fill_(sampled(num_tokens, self._draws.getrandbits(30)))
+        self._choose(sampled(num_tokens, self._draws))
+
+    def _choose(self, sampling: int) -> None:
+        if sampling != self._chosen:
+            self._sampling.fill_(sampling)
+            self._chosen = sampling
 
     def fold(self, step: Step) -> None:
         """Fold a step whose forward was launched on the current stream."""
-        self._sampling.zero_()  # forwards that are no steps count nothing
+        self._choose(0)  # forwards that are no steps count nothing
         codes = phases_of(step)
         state = self.accumulators
         state.folds += 1

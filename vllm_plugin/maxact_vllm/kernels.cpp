@@ -25,7 +25,6 @@ constexpr int64_t kElementsPerTask = 1 << 15;
 constexpr int kMax = 0, kMin = 1, kSumSquares = 2, kSumAbs = 3, kNonfinite = 4, kNumStats = 5, kNumPhases = 3;
 constexpr int kNumRows = 4, kSaturated = 0, kZeroed = 1, kNumCounts = 2;
 constexpr int kNumBins = 64, kLowestOctave = -22;
-constexpr int64_t kSampleEvery = 64;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
@@ -121,12 +120,12 @@ void count_scaled(const T* x, int64_t width, float limit, float zero, float* out
   out[(kNumRows + kZeroed) * stride_stat] = num_zeroed;
 }
 
-// Which rows are counted: every kSampleEvery-th of the first num_tokens, from offset on; none where num_tokens is 0.
+// Which rows are counted, and with what weight: one in every of the first num_tokens, from offset on (observe.packed).
 struct Sampling {
-  int64_t offset, num_tokens, weight;
+  int64_t offset, every, num_tokens;
 
   explicit Sampling(int64_t packed)
-      : offset(packed & 0xffffffff), num_tokens(packed >> 32), weight(std::min(num_tokens, kSampleEvery)) {}
+      : offset(packed & 0x1fffff), every(packed >> 21 & 0x1fffff), num_tokens(packed >> 42) {}
 };
 
 template <typename T>
@@ -157,16 +156,16 @@ void reduce(
     }
   });
   const int64_t num_tokens = std::min(sampling.num_tokens, tensor.size(0));
-  for (int64_t token = sampling.offset; token < num_tokens; token += kSampleEvery) {
+  for (int64_t token = sampling.offset; token < num_tokens; token += sampling.every) {
     if (std::isfinite(out[kSumAbs * stride_stat + token])) {
-      count_row(x + token * stride, width, sampling.weight, histogram);
+      count_row(x + token * stride, width, sampling.every, histogram);
     }
   }
 }
 
 // tensors[k]: [tokens, width] of bfloat16, float16 or float32, rows contiguous; rows: float32 [sites, 4 or 6, padded
-// tokens]; histograms: int64 [sites, kNumBins], never reset; sampling: int64 [1], num_tokens << 32 | offset; scales:
-// float32 [sites, 2], (limit, zero).
+// tokens]; histograms: int64 [sites, kNumBins], never reset; sampling: int64 [1], of observe.packed; scales: float32
+// [sites, 2], (limit, zero).
 void observe(
     std::vector<Tensor> tensors, Tensor rows, Tensor histograms, Tensor sampling, Tensor scales,
     std::vector<int64_t> sites) {

@@ -11,8 +11,8 @@ Three operations (`ops`) that the compiler sees as a whole:
 ``rows``: float32 ``[sites of a group, NUM_ROWS or COUNTED_ROWS, padded tokens]``. All operations write it, as far as
 the compiler can tell, which keeps them in the graph, in order and free of constants: all layers share one compiled
 piece. ``scales``: float32 ``[sites of a group, 2]``, of `Buffers`; read where there are rows for the counts.
-``histograms``: int64 ``[sites of a group, NUM_BINS]``, counted up for ever. ``sampling``: int64 ``[1]``, from
-`sampled`; 0 counts none.
+``histograms``: int64 ``[sites of a group, NUM_BINS]``, counted up for ever. ``sampling``: int64 ``[1]``, of `packed`;
+0 counts none.
 
 Left to Inductor, the reductions are fused into the kernels that make the tensors: measured, that costs a decode step
 5-13 % on an H200, because row reductions make short kernels twice as long, and a CPU engine half of its start-up time
@@ -22,6 +22,7 @@ again. One kernel per group beside the next matrix product, which waits for memo
 
 from __future__ import annotations
 
+import random
 from typing import Final
 
 import torch
@@ -32,11 +33,27 @@ from maxact_vllm.buffers import NUM_ROWS
 DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 """What the operations take."""
 
+SAMPLING_BITS: Final = 21
+"""Of each part of ``sampling``."""
+MOST_ROWS: Final = 4
+"""Of one step."""
 
-def sampled(num_tokens: int, draw: int) -> int:
-    """``sampling`` of a step of ``num_tokens`` rows: every `SAMPLE_EVERY`-th from an offset that ``draw``, any integer
-    above 0, decides. Each row has the same chance, and its weight is one over it."""
-    return num_tokens << 32 | draw % min(num_tokens, stats.SAMPLE_EVERY)
+
+def packed(num_tokens: int, every: int, offset: int) -> int:
+    """``sampling``: of the first ``num_tokens`` rows one in ``every``, from ``offset`` on, each weighs ``every``."""
+    return num_tokens << 2 * SAMPLING_BITS | every << SAMPLING_BITS | offset
+
+
+def sampled(num_tokens: int, draws: random.Random) -> int:
+    """``sampling`` of a step of ``num_tokens`` rows: each row has a chance of one in `SAMPLE_EVERY`, in a large step
+    less, and weighs one over its chance, so the counts expect those of all rows. 0 where no row is counted.
+
+    Counting a row takes many times as long as reducing it, and in a small step everything waits for it: so most small
+    steps have no row to count, and no step more than `MOST_ROWS`.
+    """
+    every = max(stats.SAMPLE_EVERY, -(-num_tokens // MOST_ROWS))
+    offset = draws.randrange(every)
+    return packed(num_tokens, every, offset) if offset < num_tokens else 0
 
 
 def reference(
@@ -51,7 +68,8 @@ def reference(
 
     A row that holds a NaN has a NaN as its max; its min is open. Only rows of finite values are counted.
     """
-    num_tokens, offset = divmod(int(sampling), 1 << 32)
+    rest, offset = divmod(int(sampling), 1 << SAMPLING_BITS)
+    num_tokens, every = divmod(rest, 1 << SAMPLING_BITS)
     for x, site in zip(tensors, sites, strict=True):
         wide = x.float()
         out = rows[site, :, : x.shape[0]]
@@ -61,8 +79,8 @@ def reference(
             limit, zero = scales[site]
             out[NUM_ROWS + stats.SATURATED] = (wide.abs() > limit).sum(-1)
             out[NUM_ROWS + stats.ZEROED] = (wide.abs() <= zero).sum(-1)
-        counted = wide[offset : num_tokens : stats.SAMPLE_EVERY]
+        counted = wide[offset : num_tokens : max(every, 1)]
         counted = counted[counted.isfinite().all(-1)]
         bins = (counted.abs().view(torch.int32) >> 22) - 2 * (127 + stats.LOWEST_OCTAVE)
         counts = torch.bincount(bins.clamp(0, stats.NUM_BINS - 1).flatten(), minlength=stats.NUM_BINS)
-        histograms[site] += counts * min(num_tokens, stats.SAMPLE_EVERY)
+        histograms[site] += counts * every
