@@ -35,6 +35,7 @@ def main() -> None:
     """Build the engines, let them take turns, print the table."""
     args = _parse()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # a share of what is free fails for the second engine
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "vllm_plugin"))
     from receiver import Listening
 
@@ -55,13 +56,15 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--columns", type=lambda text: text.split(","), default=["base", "serving", "base2", "all"])
+    parser.add_argument(
+        "--columns", type=lambda text: text.split(","), default=["base", "serving", "base2", "all", "eager"]
+    )
     parser.add_argument("--batches", type=lambda text: [int(size) for size in text.split(",")], default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=64, help="decode steps per turn")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens of decode batches")
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the 8 prefill prompts")
-    parser.add_argument("--memory", type=float, default=None, help="gpu_memory_utilization of each engine")
+    parser.add_argument("--memory", type=float, default=None, help="gpu_memory_utilization of each engine, on a GPU")
     parser.add_argument("--dummy", action="store_true", help="random weights (shapes only)")
     parser.add_argument("--capture-sizes", type=lambda text: [int(size) for size in text.split(",")], default=None)
     parser.add_argument("--out", default="", help="append rows as JSON lines")

@@ -6,22 +6,26 @@
 - scrape: a real Prometheus scrapes a real sidecar with 50,000 series, gzipped; its own ``scrape_duration_seconds``.
 - ingest: 8 streams of 1,000 sites, each sending its next window when the last one is acknowledged, as the plugin does;
   CPU of the sidecar process per window. ``ingest_windows_per_s`` is what one core of it would take in,
-  ``ingest_wall_windows_per_s`` what it took in while the clients shared the machine. Beside it the cost of decoding
-  one window: ours, and the same numbers as nested protobuf messages.
+  ``ingest_wall_windows_per_s`` what it took in while the clients shared the machine. Beside it the CPU of a gRPC server
+  that parses and acknowledges the same windows and does nothing else (``ingest_bare_us``: the least that this library
+  takes), of decoding one window, ours and the same numbers as nested protobuf messages, and of merging and judging one.
 - fleet: 64 engines x 8 ranks x 1,000 sites at 1 Hz, one scrape every 15 s, state kept on disk. CPU of the sidecar in
-  percent of one core (``fleet_core_pct``), its largest resident memory, and the time from sending a window to its
+  percent of one core (``fleet_core_pct``), its largest resident memory, by how much its last is above the median of the
+  first half, and the time from sending a window to its
   acknowledgement: the window is merged and judged then, and in every scrape that starts later
   (``window_to_metric_p99_ms``).
 
 Last line: ``RESULT {"render_50k_ms": .., "render_50k_naive_ms": .., "scrape_50k_s": .., "ingest_windows_per_s": ..,
-"ingest_wall_windows_per_s": .., "ingest_cpu_us": .., "decode_us": .., "decode_nested_us": .., "fleet_core_pct": ..,
-"fleet_rss_mib": .., "window_to_metric_p99_ms": ..}``; keys only for parts that ran.
+"ingest_wall_windows_per_s": .., "ingest_cpu_us": .., "ingest_bare_us": .., "decode_us": .., "decode_nested_us": ..,
+"merge_us": .., "fleet_core_pct": .., "fleet_rss_mib": .., "fleet_growth_mib": .., "window_to_metric_p99_ms": ..}``;
+keys only for parts that ran.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import statistics
@@ -31,6 +35,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +69,11 @@ def main() -> None:
     parser.add_argument("--fleet-seconds", type=float, default=60.0)
     parser.add_argument("--skip", type=lambda text: text.split(","), default=[], help=f"of {', '.join(PARTS)}")
     parser.add_argument("--load", help=argparse.SUPPRESS)
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.bare:
+        asyncio.run(_acknowledge())
+        return
     if args.load:
         print(json.dumps(asyncio.run(_send_load(**json.loads(args.load)))))
         return
@@ -116,7 +125,7 @@ def _cpu_us(work: Callable[[], Any], *, repeat: int) -> float:
 def measure_scrape() -> dict[str, float]:
     """Prometheus' own figure for scraping 50,000 series."""
     with tempfile.TemporaryDirectory() as folder, _sidecar("--max-series", str(NUM_SERIES)) as sidecar:
-        load = _start_load(sidecar, engines=1, ranks=1, num_sites=2100, interval=1.0, seconds=20.0)
+        load = _start_load(sidecar.grpc, engines=1, ranks=1, num_sites=2100, interval=1.0, seconds=20.0)
         port = free_port()
         job = {"job_name": "maxact", "scrape_interval": "1s", "static_configs": [{"targets": [sidecar.http]}]}
         config = Path(folder) / "prometheus.yml"
@@ -140,10 +149,17 @@ def _query(port: int, expr: str) -> float:
 
 def measure_ingest() -> dict[str, float]:
     """CPU of the sidecar per window, and what decoding is of that."""
+    flood = {"engines": 8, "ranks": 1, "num_sites": 1000, "interval": 0.0, "seconds": 8.0}
     with _sidecar() as sidecar:
-        before = _cpu_seconds(sidecar)
-        load = _run_load(sidecar, engines=8, ranks=1, num_sites=1000, interval=0.0, seconds=8.0)
-        cpu = (_cpu_seconds(sidecar) - before) / load["windows"]
+        before = _cpu_seconds(sidecar.pid)
+        load = _run_load(sidecar.grpc, **flood)
+        cpu = (_cpu_seconds(sidecar.pid) - before) / load["windows"]
+    with subprocess.Popen([sys.executable, __file__, "--bare"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        address, before = server.stdout.readline().strip(), _cpu_seconds(server.pid)
+        bare = _run_load(address, **flood)
+        bare_cpu = (_cpu_seconds(server.pid) - before) / bare["windows"]
+        server.terminate()
     data = wire.encode_window(_window(1000)).SerializeToString()
     nested, nested_data = _nested(_window(1000))
 
@@ -155,9 +171,41 @@ def measure_ingest() -> dict[str, float]:
         "ingest_windows_per_s": 1 / cpu,
         "ingest_wall_windows_per_s": load["windows"] / load["seconds"],
         "ingest_cpu_us": cpu * 1e6,
+        "ingest_bare_us": bare_cpu * 1e6,
         "decode_us": _cpu_us(lambda: wire.decode_window(pb.StreamRequest.FromString(data).window, 1000), repeat=500),
         "decode_nested_us": _cpu_us(decode_nested, repeat=50),
+        "merge_us": _cpu_us(_merging(8), repeat=500),
     }
+
+
+def _merging(engines: int) -> Callable[[], Any]:
+    """Merges and judges the next window of one engine after another."""
+    fleet = Fleet(make_settings())
+    pairs = itertools.cycle([fleet.attach(_layout(str(engine), 0, 1000)) for engine in range(engines)])
+    window = _window(1000)
+
+    def merge() -> None:
+        engine, rank = next(pairs)
+        assert engine.merge_window(rank, replace(window, sequence=rank.last_sequence + 1), clock())
+
+    return merge
+
+
+class _Acknowledging(telemetry_pb2_grpc.TelemetryServiceServicer):
+    async def Stream(self, requests: Any, context: Any) -> None:
+        await context.read()
+        await context.write(pb.StreamResponse(layout_accepted=pb.LayoutAccepted(layout_id=1)))
+        while (request := await context.read()) is not grpc.aio.EOF:
+            await context.write(pb.StreamResponse(window_ack=pb.WindowAck(sequence=request.window.sequence)))
+
+
+async def _acknowledge() -> None:
+    """A server that acknowledges; prints its address, runs until it is killed."""
+    server = grpc.aio.server()
+    telemetry_pb2_grpc.add_TelemetryServiceServicer_to_server(_Acknowledging(), server)
+    print(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", flush=True)
+    await server.start()
+    await server.wait_for_termination()
 
 
 def _nested(window: wire.Window) -> tuple[Any, bytes]:
@@ -180,20 +228,21 @@ def _nested(window: wire.Window) -> tuple[Any, bytes]:
 def measure_fleet(seconds: float) -> dict[str, float]:
     """64 engines x 8 ranks x 1,000 sites at 1 Hz."""
     with tempfile.TemporaryDirectory() as state, _sidecar("--state", state) as sidecar:
-        load = _start_load(sidecar, engines=64, ranks=8, num_sites=1000, interval=1.0, seconds=seconds + 10)
+        load = _start_load(sidecar.grpc, engines=64, ranks=8, num_sites=1000, interval=1.0, seconds=seconds + 10)
         wait_for(lambda: _metric(sidecar, "maxact_engines") == 64, 60)
         time.sleep(5)
-        started, before, peak = time.monotonic(), _cpu_seconds(sidecar), 0.0
+        started, before, memory = time.monotonic(), _cpu_seconds(sidecar.pid), [_rss_mib(sidecar.pid)]
         while time.monotonic() < started + seconds:
             httpx.get(f"{sidecar.url}/metrics", timeout=30).raise_for_status()
-            peak = max(peak, _rss_mib(sidecar))
+            memory.append(_rss_mib(sidecar.pid))
             time.sleep(max(0.0, min(15.0, started + seconds - time.monotonic())))
-        share = (_cpu_seconds(sidecar) - before) / (time.monotonic() - started)
+        share = (_cpu_seconds(sidecar.pid) - before) / (time.monotonic() - started)
         figures = json.loads(load.communicate()[0])
     print(f"  {figures['windows']} windows in {figures['seconds']:.0f} s, ack p50 {figures['p50_ms']:.1f} ms")
     return {
         "fleet_core_pct": 100 * share,
-        "fleet_rss_mib": max(peak, 0.0),
+        "fleet_rss_mib": max(memory),
+        "fleet_growth_mib": memory[-1] - statistics.median(memory[: len(memory) // 2 + 1]),
         "window_to_metric_p99_ms": figures["p99_ms"],
     }
 
@@ -208,13 +257,13 @@ def _sidecar(*options: str) -> Iterator[Sidecar]:
             running.stop()
 
 
-def _cpu_seconds(sidecar: Sidecar) -> float:
-    fields = Path(f"/proc/{sidecar._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def _rss_mib(sidecar: Sidecar) -> float:
-    pages = int(Path(f"/proc/{sidecar._process.pid}/statm").read_text().split()[1])
+def _rss_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -223,14 +272,14 @@ def _metric(sidecar: Sidecar, name: str) -> float:
     return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)
 
 
-def _start_load(sidecar: Sidecar, **load: float) -> subprocess.Popen[str]:
+def _start_load(address: str, **load: float) -> subprocess.Popen[str]:
     """Workers of a fleet in a process of their own; prints figures at its end."""
-    command = [sys.executable, __file__, "--load", json.dumps({"address": sidecar.grpc, **load})]
+    command = [sys.executable, __file__, "--load", json.dumps({"address": address, **load})]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def _run_load(sidecar: Sidecar, **load: float) -> dict[str, float]:
-    figures: dict[str, float] = json.loads(_start_load(sidecar, **load).communicate()[0])
+def _run_load(address: str, **load: float) -> dict[str, float]:
+    figures: dict[str, float] = json.loads(_start_load(address, **load).communicate()[0])
     return figures
 
 

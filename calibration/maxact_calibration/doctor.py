@@ -8,15 +8,19 @@ import os
 import platform
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
+import grpc
 import typer
 
 from maxact_proto import __version__
-from maxact_sidecar.client import ClientError, ask
-from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP, Address, parse_address
+from maxact_proto.v1.telemetry_pb2_grpc import TelemetryServiceStub
+from maxact_sidecar.auth import read_tokens
+from maxact_sidecar.client import ClientError, Login, ask
+from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP, Address, ConfigError, parse_address
 
 _TIMEOUT_SECONDS = 2.0
 
@@ -33,18 +37,23 @@ class Finding:
 def doctor(
     endpoint: Annotated[str, typer.Option(metavar="ADDR", help="gRPC address the plugin would use.")] = DEFAULT_GRPC,
     http: Annotated[str, typer.Option(metavar="URL", help="HTTP address of the sidecar.")] = f"http://{DEFAULT_HTTP}",
+    token_file: Annotated[Path | None, typer.Option(metavar="F", help="Bearer token for the sidecar.")] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="PEM", help="Authority of the sidecar's certificate.")] = None,
+    cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate to show the sidecar.")] = None,
+    key: Annotated[Path | None, typer.Option(metavar="PEM", help="Its key.")] = None,
 ) -> None:
     """Check versions, compatibility, that vLLM sees the plugin, and that a sidecar answers. Status 1: something is bad.
 
     Example: maxact doctor --endpoint 127.0.0.1:4471
     """
+    files = {"tls_ca": ca, "tls_cert": cert, "tls_key": key, "token_file": token_file}
     from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     colors = {"ok": "green", "note": "yellow", "bad": "red"}
     with Console(stderr=True).status("Importing vLLM to look at it"):
-        findings = [*_versions(), *_plugin(), *_sidecar(endpoint, http)]
+        findings = [*_versions(), *_plugin(), _receiver(endpoint, files), _page(http, files)]
     for finding in findings:
         table.add_row(f"[{colors[finding.state]}]{finding.state}[/]", finding.what, finding.detail)
     Console().print(table)
@@ -121,29 +130,47 @@ def _compatibility() -> Iterator[Finding]:
         yield Finding("note", "device", "CPU without a C++ compiler: observing costs more; install g++ or set CXX")
 
 
-def _sidecar(endpoint: str, http: str) -> Iterator[Finding]:
+def _receiver(endpoint: str, files: Mapping[str, Path | None]) -> Finding:
+    """What a worker with these settings would meet: the same channel, a stream without a message."""
+    from maxact_vllm.config import Settings, SettingsError
+    from maxact_vllm.credentials import call_metadata, check_files, open_channel
+
+    what = "sidecar, gRPC"
+    given = {name: str(path) for name, path in files.items() if path}
     try:
+        settings = Settings.from_mapping({"endpoint": endpoint} | given)
+        check_files(settings)
         _connect(parse_address(endpoint))
-        yield Finding("ok", "sidecar, gRPC", f"{endpoint} accepts connections")
-    except ValueError as error:
-        yield Finding("bad", "sidecar, gRPC", str(error))
+        with open_channel(settings, ()) as channel:
+            stub = TelemetryServiceStub(channel)  # type: ignore[no-untyped-call]
+            list(stub.Stream(iter(()), metadata=call_metadata(settings), timeout=_TIMEOUT_SECONDS))
+    except (ConfigError, SettingsError) as error:
+        return Finding("bad", what, str(error))
     except OSError as error:
-        yield Finding(
+        return Finding(
             "note",
-            "sidecar, gRPC",
+            what,
             f"nobody at {endpoint} ({error.strerror or error}); statistics would wait. "
             f"Start one: maxact sidecar --grpc {endpoint}",
         )
+    except grpc.RpcError as error:
+        return Finding("bad", what, f"{endpoint}: {error.code().name}: {error.details()}")
+    return Finding("ok", what, f"{endpoint} takes workers with these settings")
+
+
+def _page(http: str, files: Mapping[str, Path | None]) -> Finding:
     try:
+        token = read_tokens(files["token_file"])[0] if files["token_file"] else None
+        login = Login(token, files["tls_ca"], files["tls_cert"], files["tls_key"])
         engines = [
             f"{model['model']} engine {engine['engine']} ({sum(rank['connected'] for rank in engine['ranks'])} of "
             f"{len(engine['ranks'])} ranks connected)"
-            for model in ask(http, "/api/v1/models")
+            for model in ask(http, "/api/v1/models", login=login)
             for engine in model["engines"]
         ]
-        yield Finding("ok", "sidecar, HTTP", ", ".join(engines) or f"{http} answers; no engine has connected yet")
-    except ClientError as error:
-        yield Finding("note", "sidecar, HTTP", str(error))
+    except (ClientError, ConfigError) as error:
+        return Finding("note", "sidecar, HTTP", str(error))
+    return Finding("ok", "sidecar, HTTP", ", ".join(engines) or f"{http} answers; no engine has connected yet")
 
 
 def _connect(address: Address) -> None:

@@ -36,7 +36,7 @@ def test_what_keeps_the_plugin_from_working_is_bad() -> None:
     assert done.returncode == 1
     bad = [line for line in done.stdout.splitlines() if line.startswith("bad")]
     for line, said in zip(
-        bad, ("MAXACT_DISABLE", "add maxact or unset it", "'nowhere' is not an address"), strict=True
+        bad, ("MAXACT_DISABLE", "add maxact or unset it", "'nowhere' is neither host:port nor unix:/path"), strict=True
     ):
         assert said in line
 

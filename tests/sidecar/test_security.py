@@ -372,6 +372,25 @@ def test_the_command_line_logs_in(tmp_path: Path, authority: trustme.CA, start: 
     ]
 
 
+def test_the_doctor_comes_as_a_worker_would(
+    tmp_path: Path, authority: trustme.CA, start: Callable[..., Sidecar]
+) -> None:
+    tokens, ca = tmp_path / "tokens", str(tmp_path / "ca.pem")
+    tokens.write_text(f"{TOKEN}\n")
+    sidecar = start(*install(tmp_path, authority), "--grpc-token-file", str(tokens), "--http-token-file", str(tokens))
+    for options, status, receiver, page in (
+        (["--ca", ca, "--token-file", str(tokens)], 0, "takes workers with these settings", "no engine has connected"),
+        (["--ca", ca], 1, "UNAUTHENTICATED: a token of the sidecar's grpc_token_file is needed", "log in first"),
+        (["--ca", str(tokens)], 1, f"{tokens}: holds no certificate", f"{tokens}: holds no certificate"),
+    ):
+        command = [program("maxact"), "doctor", "--endpoint", sidecar.grpc, "--http", sidecar.url, *options]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
+        assert done.returncode == status, done.stdout
+        lines = {line.split(maxsplit=3)[2]: line for line in done.stdout.splitlines() if "sidecar, " in line}
+        assert receiver in lines["gRPC"]
+        assert page in lines["HTTP"]
+
+
 def test_the_command_line_shows_a_certificate(tmp_path: Path, authority: trustme.CA) -> None:
     options, http = install(tmp_path, authority), f"127.0.0.1:{free_port()}"
     command = [program("maxact"), "sidecar", "--grpc", "127.0.0.1:0", "--http", http, *options]
