@@ -104,7 +104,7 @@ def _engine(column: str, args: argparse.Namespace, listening: Any) -> Any:
 
     kwargs: dict[str, Any] = {}
     if listening:
-        kwargs["additional_config"] = {"maxact": {"sites": column, "endpoint": listening.endpoint, "interval": 1.0}}
+        kwargs["additional_config"] = {"maxact": {"sites": column, "endpoint": listening.endpoint}}
     if args.memory:
         kwargs["gpu_memory_utilization"] = args.memory
     if args.dummy:

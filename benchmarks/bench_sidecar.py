@@ -11,9 +11,8 @@
   takes), of decoding one window, ours and the same numbers as nested protobuf messages, and of merging and judging one.
 - fleet: 64 engines x 8 ranks x 1,000 sites at 1 Hz, one scrape every 15 s, state kept on disk. CPU of the sidecar in
   percent of one core (``fleet_core_pct``), its largest resident memory, by how much its last is above the median of the
-  first half, and the time from sending a window to its
-  acknowledgement: the window is merged and judged then, and in every scrape that starts later
-  (``window_to_metric_p99_ms``).
+  first half, and the time from sending a window to its acknowledgement: the window is merged and judged then, and in
+  every scrape that starts later (``window_to_metric_p99_ms``).
 
 Last line: ``RESULT {"render_50k_ms": .., "render_50k_naive_ms": .., "scrape_50k_s": .., "ingest_windows_per_s": ..,
 "ingest_wall_windows_per_s": .., "ingest_cpu_us": .., "ingest_bare_us": .., "decode_us": .., "decode_nested_us": ..,

@@ -34,7 +34,7 @@ BATCHES = [
 TOKENS = [len(LENGTHS) + 8, sum(LENGTHS) - len(LENGTHS) + 8 * 15, 8 * (DECODED - 1)]
 
 EVERY_ROW = [{"prompts": prompts([1], 3), "max_tokens": 250}]
-"""Steps of one row each; the engine counts every row of steps of so few in its histogram."""
+"""Steps of one row each: `run_engine` has all of them counted in the histogram."""
 
 SHORT = [{"prompts": prompts([5, 33, 64, 100], 2), "max_tokens": 1}]
 """For comparisons between engines: nothing decoded, so that all see the same tokens."""

@@ -25,6 +25,7 @@ constexpr int64_t kElementsPerTask = 1 << 15;
 constexpr int kMax = 0, kMin = 1, kSumSquares = 2, kSumAbs = 3, kNonfinite = 4, kNumStats = 5, kNumPhases = 3;
 constexpr int kNumRows = 4, kSaturated = 0, kZeroed = 1, kNumCounts = 2;
 constexpr int kNumBins = 64, kLowestOctave = -22;
+constexpr int kSamplingBits = 21;  // maxact_vllm.observe
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
@@ -125,7 +126,9 @@ struct Sampling {
   int64_t offset, every, num_tokens;
 
   explicit Sampling(int64_t packed)
-      : offset(packed & 0x1fffff), every(packed >> 21 & 0x1fffff), num_tokens(packed >> 42) {}
+      : offset(packed & kField), every(packed >> kSamplingBits & kField), num_tokens(packed >> 2 * kSamplingBits) {}
+
+  static constexpr int64_t kField = (1 << kSamplingBits) - 1;
 };
 
 template <typename T>

@@ -16,7 +16,7 @@ piece. ``scales``: float32 ``[sites of a group, 2]``, of `Buffers`; read where t
 
 Left to Inductor, the reductions are fused into the kernels that make the tensors: measured, that costs a decode step
 5-13 % on an H200, because row reductions make short kernels twice as long, and a CPU engine half of its start-up time
-again. One kernel per group beside the next matrix product, which waits for memory, costs nothing at small batches
+again. Kernels per group beside the next matrix product, which waits for memory, cost least at small batches
 (docs/performance.md).
 """
 
@@ -34,9 +34,9 @@ DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
 """What the operations take."""
 
 SAMPLING_BITS: Final = 21
-"""Of each part of ``sampling``."""
+"""Of each of the three parts of ``sampling``; ``kernels.cpp`` unpacks them too."""
 MOST_ROWS: Final = 4
-"""Of one step."""
+"""How many rows of one step are counted at most."""
 
 
 def packed(num_tokens: int, every: int, offset: int) -> int:
