@@ -13,11 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import grpc
 import typer
 
 from maxact_proto import __version__
-from maxact_proto.v1.telemetry_pb2_grpc import TelemetryServiceStub
 from maxact_sidecar.auth import read_tokens
 from maxact_sidecar.client import ClientError, Login, ask
 from maxact_sidecar.config import DEFAULT_GRPC, DEFAULT_HTTP, Address, ConfigError, parse_address
@@ -132,6 +130,9 @@ def _compatibility() -> Iterator[Finding]:
 
 def _receiver(endpoint: str, files: Mapping[str, Path | None]) -> Finding:
     """What a worker with these settings would meet: the same channel, a stream without a message."""
+    import grpc
+
+    from maxact_proto.v1.telemetry_pb2_grpc import TelemetryServiceStub
     from maxact_vllm.config import Settings, SettingsError
     from maxact_vllm.credentials import call_metadata, check_files, open_channel
 
