@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import signal
 import socket
 import subprocess
@@ -83,11 +85,16 @@ def program(name: str) -> Path:
 
 
 def free_port() -> int:
-    """A port nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port nobody listens on just now, below those that Linux hands out: one of them is soon somebody's connection."""
+    while True:
+        port = _DRAWS.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+_DRAWS = random.SystemRandom()
+"""Not seeded: tests that run side by side must not draw the same."""
 
 
 def wait_for(condition: Any, seconds: float) -> None:
