@@ -30,8 +30,9 @@ def _int8() -> Any:
         title="Is INT-8 safe now?",
         description="Sites with a raised flag. Clipping: activations leave the calibrated range, so that a static "
         "INT-8 scale made from the card in use clips, or they leave the range of the deployed scale. Resolution: one "
-        "INT-8 scale for the whole tensor rounds most of it to zero. Unknown: a selected model is not judged (no card, "
-        "too few tokens), or no sidecar is scraped.",
+        "INT-8 scale for the whole tensor rounds most of it to zero. A flag of a sidecar that is down counts with its "
+        "last state. Unknown: a selected engine is not judged (no card, too few tokens), a selected sidecar is down, "
+        "none is scraped, or the rules are not loaded.",
         unit="suffix: sites",
     )
     said = value_mapping({"0": ("SAFE", "dark-green"), "-1": ("unknown", "#6e6e6e")})
@@ -43,11 +44,16 @@ def _int8() -> Any:
 
 
 def _unsafe(meanings: str) -> str:
-    """Raised flags of these meanings; -1: unknown. One flag is enough for no, one model not judged for unknown."""
-    flags = select("maxact_headroom_flag", "site", f'meaning=~"{meanings}"', 'format=~"|int8"')
-    models = f"count by (model_name) ({select('maxact_rank_up', 'engine')})"
-    unjudged = f"{models} unless on (model_name) count by (model_name) ({flags})"
-    return f"sum({flags}) > 0 or sum({flags}) unless on () ({unjudged}) or vector(-1)"
+    """Raised flags of these meanings; -1: unknown.
+
+    One flag is enough for no, whether its sidecar lives or not. One engine of one sidecar that is not judged, or one
+    sidecar that is down, is enough for unknown.
+    """
+    flags = select("site:maxact_headroom_flag:held", "site", f'meaning=~"{meanings}"', 'format=~"|int8"')
+    engine = "job, instance, model_name, engine"
+    unjudged = f"count by ({engine}) ({select('maxact_rank_up', 'engine')}) unless on ({engine}) {flags}"
+    down = f"{select('instance:maxact_sidecar:up', 'target')} == 0"
+    return f"sum({flags}) > 0 or sum({flags}) unless on () ({unjudged} or {down}) or vector(-1)"
 
 
 def _worst() -> Any:
@@ -195,12 +201,16 @@ def _trend() -> Any:
 def _health() -> Any:
     text = Text(
         id=10,
-        title="Streams of the workers",
-        description="Green while a worker's stream to its sidecar is connected, red while it is not.",
+        title="Workers and sidecars",
+        description="Green while a worker's stream to its sidecar is connected, and while Prometheus can scrape a "
+        "sidecar; red while not. Of a sidecar that is down no worker is shown.",
         unit="none",
     )
-    query = Query(expr=select("maxact_rank_up", "engine"), legend="{{model_name}} {{engine}} {{rank}}")
-    return states(text, [query], [UP])
+    queries = [
+        Query(expr=select("instance:maxact_sidecar:up", "target"), legend="sidecar {{instance}}"),
+        Query(expr=select("maxact_rank_up", "engine"), legend="{{model_name}} {{engine}} {{rank}}"),
+    ]
+    return states(text, queries, [UP])
 
 
 def overview() -> Any:

@@ -1,4 +1,4 @@
-"""What the overview answers while a flag is raised and the traffic of now is calm again."""
+"""What the overview answers while a flag is raised and the traffic is calm again, and where nobody can know."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from grafana.assets import DASHBOARDS, queries
+from grafana.assets import DASHBOARDS, RULES, queries
 from promql import gives
 
 pytestmark = [
@@ -19,6 +19,7 @@ PLACE = 'job="maxact", instance="s", model_name="m", engine="0"'
 FLAGGED = f'{{{PLACE}, layer="9", site="hidden", meaning="range"}}'
 CALM = f'{{{PLACE}, layer="3", site="hidden", meaning="range"}}'
 SERIES = {
+    'up{job="maxact", instance="s"}': "1x20",
     'maxact_headroom_threshold_ratio{job="maxact", instance="s", meaning="range"}': "0.9x20",
     f'maxact_rank_up{{{PLACE}, rank="pp0tp0"}}': "1x20",
     # One spike in the fifth minute; the flag stays up for its minimum time, then clears.
@@ -32,6 +33,12 @@ SERIES = {
 QUERIES = {
     query.where.removeprefix("maxact-overview / "): query.runnable for query in queries(DASHBOARDS["maxact-overview"])
 }
+
+
+def answers(expr: str, value: float, series: dict[str, str], minute: int, folder: Path) -> bool:
+    """True where a query of a board gives this value in that minute, with the rules loaded."""
+    at = 60 * minute
+    return gives(expr, value, series=series, at_seconds=at, scrape=60, folder=folder, rules=[RULES])
 
 
 @pytest.mark.parametrize(
@@ -48,18 +55,52 @@ def test_a_raised_flag_shows_its_reason_until_it_clears(
 ) -> None:
     expr = f"min({QUERIES[question]})"
     for minute, value in ((2, cleared), (4, raised), (6, raised), (10, cleared)):
-        assert gives(expr, value, series=SERIES, at_seconds=60 * minute, scrape=60, folder=tmp_path), f"minute {minute}"
+        assert answers(expr, value, SERIES, minute, tmp_path), f"minute {minute}"
 
 
 def test_the_worst_sites_show_the_value_that_raised_the_flag(tmp_path: Path) -> None:
     absmax = f"max({QUERIES['Worst sites: clipping / B']})"
-    assert gives(absmax, 50 / 0.45, series=SERIES, at_seconds=360, scrape=60, folder=tmp_path)
+    assert answers(absmax, 50 / 0.45, SERIES, 6, tmp_path)
 
 
 def test_safe_is_not_said_of_a_model_without_a_card(tmp_path: Path) -> None:
     stranger = 'maxact_rank_up{job="maxact", instance="s", model_name="other", engine="0", rank="pp0tp0"}'
     clipping, resolution = (QUERIES[f"Is INT-8 safe now? / {letter}"] for letter in "AB")
-    assert gives(clipping, 0, series=SERIES, at_seconds=720, scrape=60, folder=tmp_path)
-    assert gives(clipping, UNKNOWN, series={**SERIES, stranger: "1x20"}, at_seconds=720, scrape=60, folder=tmp_path)
-    assert gives(clipping, UNKNOWN, series={}, at_seconds=720, scrape=60, folder=tmp_path)
-    assert gives(resolution, UNKNOWN, series=SERIES, at_seconds=720, scrape=60, folder=tmp_path)
+    assert answers(clipping, 0, SERIES, 12, tmp_path)
+    assert answers(clipping, UNKNOWN, {**SERIES, stranger: "1x20"}, 12, tmp_path)
+    assert answers(clipping, UNKNOWN, {}, 12, tmp_path)
+    assert answers(resolution, UNKNOWN, SERIES, 12, tmp_path)
+
+
+def replica(instance: str, *, up: str, flag: str) -> dict[str, str]:
+    """Another sidecar of the same model; its series end where it goes down. No flag: it is not judged."""
+    place = f'job="maxact", instance="{instance}", model_name="m", engine="0"'
+    series = {
+        f'up{{job="maxact", instance="{instance}"}}': up,
+        f'maxact_rank_up{{{place}, rank="pp0tp0"}}': up.replace("0x", "_x"),
+        f'maxact_headroom_flag{{{place}, layer="9", site="hidden", meaning="range"}}': flag,
+    }
+    return {name: values for name, values in series.items() if values}
+
+
+CLIPPING = QUERIES["Is INT-8 safe now? / A"]
+
+
+def test_a_flag_of_a_dead_sidecar_is_still_a_no_beside_a_healthy_replica(tmp_path: Path) -> None:
+    series = replica("s1", up="1x9 0x30", flag="0x4 1x4 stale") | replica("s2", up="1x40", flag="0x40")
+    for minute, value in ((3, 0), (7, 1), (12, 1), (38, 1)):
+        assert answers(CLIPPING, value, series, minute, tmp_path), f"minute {minute}"
+
+
+def test_safe_is_not_said_while_a_sidecar_is_down(tmp_path: Path) -> None:
+    series = replica("s1", up="1x9 0x10 1x10", flag="0x9 stale _x9 0x10") | replica("s2", up="1x40", flag="0x40")
+    for minute, value in ((5, 0), (12, UNKNOWN), (18, UNKNOWN), (25, 0)):
+        assert answers(CLIPPING, value, series, minute, tmp_path), f"minute {minute}"
+
+
+def test_safe_is_not_said_of_a_replica_that_is_not_judged(tmp_path: Path) -> None:
+    series = replica("s1", up="1x20", flag="0x20")
+    assert answers(CLIPPING, 0, series, 12, tmp_path)
+    assert answers(CLIPPING, UNKNOWN, series | replica("s2", up="1x20", flag=""), 12, tmp_path)
+    engine = 'maxact_rank_up{job="maxact", instance="s1", model_name="m", engine="1", rank="pp0tp0"}'
+    assert answers(CLIPPING, UNKNOWN, series | {engine: "1x20"}, 12, tmp_path)
