@@ -48,8 +48,10 @@ class Query:
 
     where: str
     expr: str
-    panel: dict[str, Any] | None
-    """None for an annotation."""
+    panel: dict[str, Any] | None = None
+    """None for an annotation and a variable."""
+    label: str = ""
+    """Whose values a variable offers: those that the series of ``expr`` have."""
 
     @property
     def runnable(self) -> str:
@@ -64,12 +66,16 @@ def substitute(expr: str) -> str:
 
 
 def queries(dashboard: dict[str, Any]) -> Iterator[Query]:
-    """Every expression of a dashboard: panels, then annotations."""
+    """Every expression of a dashboard: panels, annotations, variables."""
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
             yield Query(f"{dashboard['uid']} / {panel['title']} / {target['refId']}", target["expr"], panel)
     for annotation in dashboard["annotations"]["list"]:
-        yield Query(f"{dashboard['uid']} / annotation {annotation['name']}", annotation["target"]["expr"], None)
+        yield Query(f"{dashboard['uid']} / annotation {annotation['name']}", annotation["target"]["expr"])
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            selector, _, label = variable["query"]["query"].removeprefix("label_values(").rpartition(", ")
+            yield Query(f"{dashboard['uid']} / variable {variable['name']}", selector, label=label.removesuffix(")"))
 
 
 def all_queries() -> list[Query]:
