@@ -49,7 +49,7 @@ def _variable(name: str, label: str, metric: str, depth: int, sort: Any) -> Any:
 
 def _format() -> Any:
     """The one number format whose cost is shown."""
-    query = f"label_values({select('maxact_sqnr_decibels', 'engine')}, format)"
+    query = f"label_values({select('maxact_sqnr_decibels', 'site')}, format)"
     variable = builders.QueryVariable("format").label("Format").datasource(DATASOURCE)
     variable.query({"query": query, "refId": "format"}).definition(query).multi(False).include_all(False)
     usual = dashboard.VariableOption(text="int8", value="int8", selected=True)

@@ -32,12 +32,15 @@ def _stats() -> list[tuple[Any, int]]:
         unit="none",
     )
     flags = Text(
-        id=2, title="Raised flags", description="Sites with a raised flag, per meaning and format.", unit="short"
+        id=2,
+        title="Raised flags",
+        description="Selected sites with a raised flag, per meaning and format.",
+        unit="short",
     )
     largest = Text(
         id=3,
         title="Largest absmax now",
-        description="Largest magnitude over the hold horizon, all sites.",
+        description="Largest magnitude over the hold horizon, all selected sites.",
         unit="short",
     )
     tokens = Text(
@@ -50,9 +53,9 @@ def _stats() -> list[tuple[Any, int]]:
     )
     rate = f"sum by (phase) (rate({select('maxact_tokens_total', 'engine')}[$__rate_interval]))"
     cached = f"sum(rate({select('maxact_cached_tokens_total', 'engine')}[$__rate_interval]))"
-    flag = f"sum by (meaning, format) ({select('maxact_headroom_flag', 'engine')})"
-    smallest = Query(expr=f"min by (meaning, format) ({worst_margin(scope='engine')})", legend="{{meaning}} {{format}}")
-    peak = Query(expr=f"max({select('maxact_absmax', 'engine')})")
+    flag = f"sum by (meaning, format) ({select('maxact_headroom_flag', 'site')})"
+    smallest = Query(expr=f"min by (meaning, format) ({worst_margin()})", legend="{{meaning}} {{format}}")
+    peak = Query(expr=f"max({select('maxact_absmax', 'site')})")
     return [
         (verdict(margins, [smallest], steps=margin_steps(), empty="no traffic"), 7),
         (verdict(flags, [Query(expr=flag, legend="{{meaning}} {{format}}")], steps=NONE_GOOD, empty="not judged"), 5),
@@ -71,14 +74,14 @@ def _headroom(index: int, meaning: str) -> Any:
         unit="none",
     )
     of = [SHOWN_FORMAT] if meaning == "resolution" else []
-    margins = worst_margin(LAYERED, *of, scope="engine", meaning=meaning)
+    margins = worst_margin(LAYERED, *of, meaning=meaning)
     expr = f"clamp_max(min by (layer, site) ({margins}), {_FAR})"
     return matrix(text, expr, steps=margin_steps(meaning), decimals=2)
 
 
 def _magnitude(id: int, metric: str, title: str, description: str) -> Any:
     text = Text(id=id, title=f"{title}: site by layer", description=f"{description} Coloured by decade.", unit="short")
-    return matrix(text, f"max by (layer, site) ({select(metric, 'engine', LAYERED)})", steps=DECADES, decimals=1)
+    return matrix(text, f"max by (layer, site) ({select(metric, 'site', LAYERED)})", steps=DECADES, decimals=1)
 
 
 def _against(id: int, title: str, description: str, upper: str, lower: str) -> Any:
@@ -95,7 +98,7 @@ def _noise() -> Any:
         "from a sample of the last minutes. Red: below 10 dB.",
         unit="dB",
     )
-    expr = f"min by (layer, site) ({select('maxact_sqnr_decibels', 'engine', LAYERED, SHOWN_FORMAT)})"
+    expr = f"min by (layer, site) ({select('maxact_sqnr_decibels', 'site', LAYERED, SHOWN_FORMAT)})"
     return matrix(text, expr, steps=DECIBELS, decimals=0)
 
 
@@ -107,13 +110,13 @@ def _zeroed() -> Any:
         "scale per 16 elements), estimated from a sample of the last minutes.",
         unit="percentunit",
     )
-    expr = f"max by (layer, site) ({select('maxact_zeroed_ratio', 'engine', LAYERED, SHOWN_FORMAT)})"
+    expr = f"max by (layer, site) ({select('maxact_zeroed_ratio', 'site', LAYERED, SHOWN_FORMAT)})"
     return matrix(text, expr, steps=SHARES, decimals=0)
 
 
 def _heat_maps() -> list[Any]:
-    prefill, decode = (select("maxact_absmax", "engine", LAYERED, phase=phase) for phase in ("prefill", "decode"))
-    lifetime, window = (select(name, "engine", LAYERED) for name in ("maxact_absmax_high_water", "maxact_absmax"))
+    prefill, decode = (select("maxact_absmax", "site", LAYERED, phase=phase) for phase in ("prefill", "decode"))
+    lifetime, window = (select(name, "site", LAYERED) for name in ("maxact_absmax_high_water", "maxact_absmax"))
     return [
         *(_headroom(index, meaning) for index, meaning in enumerate(MEANINGS)),
         _magnitude(30, "maxact_absmax", "Absmax now", "Largest magnitude over the hold horizon, all phases."),
@@ -139,7 +142,7 @@ def _headroom_lines() -> Any:
         "raises a flag.",
         unit="none",
     )
-    ratio = f"min by (model_name, meaning, format) ({select('maxact_headroom_ratio', 'engine')})"
+    ratio = f"min by (model_name, meaning, format) ({select('maxact_headroom_ratio', 'site')})"
     threshold = 'max by (meaning, format) (meaning:maxact_headroom_threshold_ratio:max{job=~"$job"})'
     queries = [
         Query(expr=ratio, legend="{{model_name}} {{meaning}} {{format}}"),
@@ -152,22 +155,20 @@ def _site_lines() -> Any:
     text = Text(
         id=51,
         title="Absmax by site over time",
-        description="Largest magnitude over the hold horizon, all layers, per site.",
+        description="Largest magnitude over the hold horizon, per site over its selected layers.",
         unit="short",
     )
-    return lines(
-        text, [Query(expr=f"max by (site) ({select('maxact_absmax', 'engine')})", legend="{{site}}")], log=True
-    )
+    return lines(text, [Query(expr=f"max by (site) ({select('maxact_absmax', 'site')})", legend="{{site}}")], log=True)
 
 
 def _layer_lines() -> Any:
     text = Text(
         id=52,
         title="Absmax of the eight largest layers",
-        description="Largest magnitude per layer over all its sites, from the recording rule layer:maxact_absmax:max.",
+        description="Largest magnitude over the hold horizon, per layer over its selected sites.",
         unit="short",
     )
-    largest = f"topk(8, max by (layer) ({select('layer:maxact_absmax:max', 'engine', LAYERED)}))"
+    largest = f"topk(8, max by (layer) ({select('maxact_absmax', 'site', LAYERED)}))"
     return lines(text, [Query(expr=largest, legend="layer {{layer}}")], log=True)
 
 
@@ -178,7 +179,7 @@ def _outside_lines() -> Any:
         description="Embedding and final_norm, per phase, over the hold horizon.",
         unit="short",
     )
-    expr = f"max by (site, phase) ({select('maxact_absmax', 'engine', layer='')})"
+    expr = f"max by (site, phase) ({select('maxact_absmax', 'site', layer='')})"
     return lines(text, [Query(expr=expr, legend="{{site}} {{phase}}")], log=True)
 
 
@@ -196,4 +197,4 @@ def model() -> Any:
         "Layer by site: margin to each flag, absmax now and ever, prefill against decode, crest factor, what a format "
         "costs."
     )
-    return board("model", "maxact / Model", description, depth=4, panels=panels, one_format=True)
+    return board("model", "maxact / Model", description, depth=6, panels=panels, one_format=True)

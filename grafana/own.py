@@ -198,4 +198,5 @@ def own() -> Any:
         ]
     )
     description = "maxact itself: lag of the workers' windows, what was dropped or rejected, and what watching costs."
+    # Nothing that is measured of maxact itself is of a layer or of a site.
     return board("self", "maxact / maxact itself", description, depth=4, panels=panels)

@@ -32,9 +32,9 @@ def select(metric: str, scope: Scope, *more: str, **equal: str) -> str:
     return f"{metric}{{{', '.join([*variables, *fixed, *more])}}}"
 
 
-def margin(*more: str, scope: Scope = "site", **equal: str) -> str:
+def margin(*more: str, **equal: str) -> str:
     """Headroom ratio over the threshold of its criterion: below 1 the flag is raised, whatever the threshold is."""
-    return _over_threshold(select("maxact_headroom_ratio", scope, *more, **equal))
+    return _over_threshold(select("maxact_headroom_ratio", "site", *more, **equal))
 
 
 def _over_threshold(ratio: str) -> str:
@@ -42,15 +42,15 @@ def _over_threshold(ratio: str) -> str:
     return f"{ratio} / on (job, instance, meaning, format) group_left () {threshold}"
 
 
-def worst_ratio(*more: str, scope: Scope = "site", **equal: str) -> str:
+def worst_ratio(*more: str, **equal: str) -> str:
     """Headroom ratio of now; while a flag is raised the worst of ten minutes, so that its site shows the reason."""
-    ratio = select("maxact_headroom_ratio", scope, *more, **equal)
-    return f"(min_over_time({ratio}[10m]) and {select('maxact_headroom_flag', scope, *more, **equal)} == 1 or {ratio})"
+    ratio = select("maxact_headroom_ratio", "site", *more, **equal)
+    return f"(min_over_time({ratio}[10m]) and {select('maxact_headroom_flag', 'site', *more, **equal)} == 1 or {ratio})"
 
 
-def worst_margin(*more: str, scope: Scope = "site", **equal: str) -> str:
+def worst_margin(*more: str, **equal: str) -> str:
     """`worst_ratio` over the threshold of its criterion."""
-    return _over_threshold(worst_ratio(*more, scope=scope, **equal))
+    return _over_threshold(worst_ratio(*more, **equal))
 
 
 def extreme(series: str, *, lowest: bool = False) -> str:

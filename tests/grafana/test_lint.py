@@ -9,6 +9,8 @@ import pytest
 from grafana.assets import DASHBOARDS, FOREIGN, Query, all_queries, selectors
 
 BOARDS = pytest.mark.parametrize("board", DASHBOARDS.values(), ids=DASHBOARDS)
+CHAIN = ["job", "instance", "model_name", "engine", "layer", "site"]
+BOARDS_OF_SITES = ("maxact-overview", "maxact-model", "maxact-site")
 QUERIES = pytest.mark.parametrize("query", all_queries(), ids=lambda query: query.where)
 
 WITHOUT_TARGET = {
@@ -42,6 +44,19 @@ def test_template_job_and_instance(board: dict[str, Any], name: str) -> None:
     assert variable["label"] == name.title()
     assert variable["datasource"]["uid"] == "${datasource}"
     assert (variable["multi"], variable["includeAll"], variable["allValue"]) == (True, True, ".+")
+
+
+@BOARDS
+def test_template_chain(board: dict[str, Any]) -> None:
+    """Series of maxact itself have neither layer nor site."""
+    chained = [name for name in variables(board) if name in CHAIN]
+    assert chained == (CHAIN if board["uid"] in BOARDS_OF_SITES else CHAIN[:4])
+    for name in chained:
+        variable = variables(board)[name]
+        assert (variable["multi"], variable["includeAll"]) == (True, True), name
+        assert variable["current"]["value"] == ["$__all"], name
+        # Without it Grafana lists every value: a regular expression of a thousand sites. No layer is a value, too.
+        assert variable["allValue"] == (".*" if name == "layer" else ".+"), name
 
 
 @BOARDS
