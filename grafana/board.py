@@ -22,7 +22,7 @@ UIDS: Final = {
 COLUMNS: Final = 24
 TAG: Final = "maxact"
 STEP_SECONDS: Final = 60
-"""Resolution of annotations."""
+"""Finest resolution of annotations. Grafana takes a coarser one for a longer range, and writes it for $__interval."""
 
 _CHAIN: Final = (
     ("job", "Job", "maxact_build_info", "target", 0, dashboard.VariableSort.ALPHABETICAL_ASC),
@@ -78,8 +78,10 @@ def _annotation(name: str, expr: str, color: str, title: str, text: str, tags: s
 
 
 def _annotations() -> list[Any]:
-    firing = select("ALERTS", "target", 'alertname=~"Maxact.*"', 'alertstate="firing"')
-    cards = newly(select("maxact_card_info", "target"), STEP_SECONDS)
+    # That no sidecar is scraped at all is an alert without job and instance.
+    target = 'job=~"|$job", instance=~"|$instance"'
+    firing = f'ALERTS{{{target}, alertname=~"Maxact.*", alertstate="firing"}}'
+    cards = newly(select("maxact_card_info", "target"))
     return [
         _annotation("Alerts", firing, "red", "{{alertname}}", "{{model_name}} {{layer}} {{site}}", "severity"),
         _annotation("Card changes", cards, "purple", "Card {{card}} in use", "{{model_name}} at {{instance}}"),
@@ -90,11 +92,17 @@ def _annotations() -> list[Any]:
 
 
 def _started() -> str:
-    """Workers that connected since the step before, for the first time or after a pause of at least one scrape."""
+    """Workers that connected since the step before: for the first time, after a pause of at least one scrape, or to a
+    sidecar that started since, which leaves no trace of a pause."""
     up = select("maxact_rank_up", "target")
-    # Half a step longer than the step: a pause that straddles two steps is seen by the second.
-    paused = f"min_over_time({up}[{STEP_SECONDS * 3 // 2}s]) == 0"
-    return f"{up} == 1 and {paused} or {newly(f'{up} == 1', STEP_SECONDS, before=up)}"
+    # The last scrape of a pause may lie at or before the step before.
+    paused = f"(min_over_time({up}[$__interval]) == 0 or {up} offset $__interval == 0)"
+    since = select("process_start_time_seconds", "target")
+    restarted = f"(changes({since}[$__interval]) > 0 or {since} != {since} offset $__interval)"
+    connected = f"({up} == 1)"
+    return (
+        f"{connected} and {paused} or {connected} and on (job, instance) {restarted} or {newly(connected, before=up)}"
+    )
 
 
 def _link(name: str) -> Any:

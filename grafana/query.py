@@ -59,9 +59,9 @@ def extreme(series: str, *, lowest: bool = False) -> str:
     return f"{series} and {keep}({MOST_LINES}, {over}({series}[$__range] @ end()))"
 
 
-def newly(expression: str, seconds: int, *, before: str = "") -> str:
-    """Series of ``expression`` where ``before`` (the same, unless given) had none that many seconds ago."""
-    return f"{expression} unless {before or expression} offset {seconds}s"
+def newly(expression: str, *, before: str = "") -> str:
+    """Series of ``expression`` where ``before`` (the same, unless given) had none at the step before."""
+    return f"{expression} unless {before or expression} offset $__interval"
 
 
 def quantile(q: float, histogram: str, scope: Scope) -> str:
