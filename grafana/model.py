@@ -7,7 +7,7 @@ from typing import Any, Final
 from grafana.board import board, place
 from grafana.panels import Query, Text, lines, matrix, verdict
 from grafana.query import LAYERED, SHOWN_FORMAT, select, worst_margin
-from grafana.scales import DECADES, DECIBELS, NONE_GOOD, OCTAVES, SHARES, margin_steps
+from grafana.scales import ABOVE_FLOOR, DECADES, NONE_GOOD, OCTAVES, UNDER_LIMIT, margin_steps
 
 from maxact_sidecar.headroom import MEANINGS
 
@@ -93,25 +93,28 @@ def _against(id: int, title: str, description: str, upper: str, lower: str) -> A
 def _noise() -> Any:
     text = Text(
         id=35,
-        title="Signal to quantization noise in $format: site by layer",
+        title="Signal to quantization noise in $format, above its floor: site by layer",
         description="With one scale of absmax / qmax for the whole tensor (NVFP4: a scale per 16 elements), estimated "
-        "from a sample of the last minutes. Red: below 10 dB.",
+        "from a sample of the last minutes; over the floor, the recorded maxact:sqnr_decibels:floor. Red: below.",
         unit="dB",
     )
-    expr = f"min by (layer, site) ({select('maxact_sqnr_decibels', 'site', LAYERED, SHOWN_FORMAT)})"
-    return matrix(text, expr, steps=DECIBELS, decimals=0)
+    noise = f"min by (layer, site) ({select('maxact_sqnr_decibels', 'site', LAYERED, SHOWN_FORMAT)})"
+    expr = f"{noise} - on () group_left () maxact:sqnr_decibels:floor"
+    return matrix(text, expr, steps=ABOVE_FLOOR, decimals=0)
 
 
 def _zeroed() -> Any:
     text = Text(
         id=36,
-        title="Rounded to zero in $format: site by layer",
+        title="Rounded to zero in $format, over its limit: site by layer",
         description="Share of elements that become zero with one scale of absmax / qmax for the whole tensor (NVFP4: a "
-        "scale per 16 elements), estimated from a sample of the last minutes.",
-        unit="percentunit",
+        "scale per 16 elements), estimated from a sample of the last minutes; over the limit, the recorded "
+        "maxact:zeroed_ratio:limit. Red: above.",
+        unit="none",
     )
-    expr = f"max by (layer, site) ({select('maxact_zeroed_ratio', 'site', LAYERED, SHOWN_FORMAT)})"
-    return matrix(text, expr, steps=SHARES, decimals=0)
+    share = f"max by (layer, site) ({select('maxact_zeroed_ratio', 'site', LAYERED, SHOWN_FORMAT)})"
+    expr = f"{share} / on () group_left () maxact:zeroed_ratio:limit"
+    return matrix(text, expr, steps=UNDER_LIMIT, decimals=2)
 
 
 def _heat_maps() -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any, Final
 from grafana.board import UIDS, board, place
 from grafana.panels import Column, Query, Text, lines, matrix, rows, states, value_mapping, verdict
 from grafana.query import INT8, LAYERED, margin, select, worst_margin, worst_ratio
-from grafana.scales import FLAG, NONE_GOOD, SHARES, UP, margin_steps
+from grafana.scales import FLAG, NEAR, NONE_GOOD, UP, margin_steps
 
 SITE_LINK: Final = (
     f"/d/{UIDS['site']}?${{datasource:queryparam}}&${{job:queryparam}}&${{instance:queryparam}}"
@@ -72,12 +72,14 @@ def _worst() -> Any:
 def _drift() -> Any:
     text = Text(
         id=3,
-        title="Calibrated range used, last hour",
-        description="Largest share of the calibrated absmax that a site reached in the last hour. Above 100 % the "
-        "traffic left what was calibrated. From the recording rule site:maxact_drift_ratio:max1h.",
-        unit="percentunit",
+        title="Drift, last hour",
+        description="Largest share of the calibrated absmax that a site reached in the last hour, over the share that "
+        "counts as near the end of the range: site:maxact_drift_ratio:max1h over maxact:drift_ratio:floor. From 1 on "
+        "growth is worth an alert (MaxactDriftRising).",
+        unit="none",
     )
-    return verdict(text, [Query(expr=f"max({select('site:maxact_drift_ratio:max1h', 'site')})")], empty="no card")
+    used = f"max({select('site:maxact_drift_ratio:max1h', 'site')})"
+    return verdict(text, [Query(expr=f"{used} / on () maxact:drift_ratio:floor")], steps=NEAR, empty="no card")
 
 
 def _nonfinite() -> Any:
@@ -175,7 +177,7 @@ def _resolution_sites() -> Any:
     ]
     columns = [
         *_PLACE,
-        Column(field="B", title="To zero", unit="percentunit", width=75, steps=SHARES),
+        Column(field="B", title="To zero", unit="percentunit", width=75),
         Column(field="A", title="Margin", unit="none", width=70, steps=margin_steps("resolution")),
     ]
     return rows(text, queries, columns, sort="Margin")

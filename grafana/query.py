@@ -34,23 +34,23 @@ def select(metric: str, scope: Scope, *more: str, **equal: str) -> str:
 
 def margin(*more: str, **equal: str) -> str:
     """Headroom ratio over the threshold of its criterion: below 1 the flag is raised, whatever the threshold is."""
-    return _over_threshold(select("maxact_headroom_ratio", "site", *more, **equal))
-
-
-def _over_threshold(ratio: str) -> str:
-    threshold = select("maxact_headroom_threshold_ratio", "target")
-    return f"{ratio} / on (job, instance, meaning, format) group_left () {threshold}"
-
-
-def worst_ratio(*more: str, **equal: str) -> str:
-    """Headroom ratio of now; while a flag is raised the worst of ten minutes, so that its site shows the reason."""
-    ratio = select("maxact_headroom_ratio", "site", *more, **equal)
-    return f"(min_over_time({ratio}[10m]) and {select('maxact_headroom_flag', 'site', *more, **equal)} == 1 or {ratio})"
+    return select("site:maxact_headroom_margin:ratio", "site", *more, **equal)
 
 
 def worst_margin(*more: str, **equal: str) -> str:
-    """`worst_ratio` over the threshold of its criterion."""
-    return _over_threshold(worst_ratio(*more, **equal))
+    """Margin of now; while a flag is raised the worst of ten minutes, so that its site shows the reason."""
+    return _worst("site:maxact_headroom_margin:ratio", *more, **equal)
+
+
+def worst_ratio(*more: str, **equal: str) -> str:
+    """`worst_margin` as a headroom ratio."""
+    return _worst("maxact_headroom_ratio", *more, **equal)
+
+
+def _worst(metric: str, *more: str, **equal: str) -> str:
+    series = select(metric, "site", *more, **equal)
+    raised = f"{select('site:maxact_headroom_flag:held', 'site', *more, **equal)} == 1"
+    return f"(min_over_time({series}[10m]) and {raised} or {series})"
 
 
 def extreme(series: str, *, lowest: bool = False) -> str:

@@ -1,4 +1,8 @@
-"""Colours: what a value means, in one place. A step is (from this value on, colour); the first starts at None."""
+"""Colours: what a value means, in one place. A step is (from this value on, colour); the first starts at None.
+
+No threshold is here: what is judged is shown over its threshold, which a rule records, so that the colour turns at 1
+(decibels, whose difference is a quotient, at 0).
+"""
 
 from __future__ import annotations
 
@@ -16,24 +20,27 @@ DECADES: Final[Steps] = [(None, BLUE), (1, TEAL), (10, GREEN), (100, YELLOW), (1
 OCTAVES: Final[Steps] = [(None, BLUE), (0.5, TEAL), (1, GREEN), (2, YELLOW), (4, ORANGE), (8, RED)]
 """For ratios of two magnitudes."""
 
-DECIBELS: Final[Steps] = [(None, RED), (10, ORANGE), (20, YELLOW), (30, GREEN)]
-"""For signal over quantization noise: under 10 dB a tenth of the power is noise."""
+ABOVE_FLOOR: Final[Steps] = [(None, RED), (0, ORANGE), (10, YELLOW), (20, GREEN)]
+"""For decibels above a floor: one colour for a tenth of the noise."""
 
-SHARES: Final[Steps] = [(None, GREEN), (0.1, YELLOW), (0.25, ORANGE), (0.5, RED)]
-"""For shares of elements that are lost; half is where a `resolution` flag goes up."""
+UNDER_LIMIT: Final[Steps] = [(None, GREEN), (0.25, YELLOW), (0.5, ORANGE), (1, RED)]
+"""For shares over their limit: one colour for twice as much."""
 
 NONE_GOOD: Final[Steps] = [(None, "dark-green"), (1, "dark-red")]
 """For counts of what should not be there."""
 
 
 def margin_steps(meaning: str = "range") -> Steps:
-    """For margins: the headroom ratio over its threshold, so that 1 is where the flag is, by definition.
+    """For margins: 1 is where the flag is, by definition.
 
     A raised flag clears at the second step, so between the two a site is close to its flag.
     """
     hysteresis = MEANINGS[meaning].clear_at / MEANINGS[meaning].raise_below
     return [(None, "dark-red"), (1, "dark-orange"), (round(hysteresis, 3), "dark-green")]
 
+
+NEAR: Final[Steps] = [(None, "dark-green"), (1, "dark-orange")]
+"""For what is worth a look from its threshold on."""
 
 FLAG: Final[Any] = value_mapping({"0": ("", "transparent"), "1": ("raised", "dark-red")})
 UP: Final[Any] = value_mapping({"0": ("down", "dark-red"), "1": ("up", "dark-green")})

@@ -76,6 +76,8 @@ RECORDED = {
     "meaning:maxact_headroom_threshold_ratio:max": "Threshold of each meaning and format",
     "maxact:drift_ratio:floor": "Threshold: share of the calibrated range that counts as near its end",
     "maxact:drift_ratio:growth": "Threshold: growth over the mean of the day before",
+    "maxact:zeroed_ratio:limit": "Threshold: share of elements that may be rounded to zero",
+    "maxact:sqnr_decibels:floor": "Threshold: least signal to quantization noise, dB",
     "maxact:window_age_seconds:limit": "Threshold: silence of a connected worker",
     "site:maxact_drift_ratio:max1h": "Share of the calibrated range that the largest magnitude of the last hour used",
     "site:maxact_headroom_margin:ratio": "Headroom ratio over its threshold; below 1 the flag is raised",

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from grafana.assets import DASHBOARDS, RULES, queries
+from grafana.assets import DASHBOARDS, RULES, all_queries, queries
 from promql import gives
 
 pytestmark = [
@@ -104,3 +104,54 @@ def test_safe_is_not_said_of_a_replica_that_is_not_judged(tmp_path: Path) -> Non
     assert answers(CLIPPING, UNKNOWN, series | replica("s2", up="1x20", flag=""), 12, tmp_path)
     engine = 'maxact_rank_up{job="maxact", instance="s1", model_name="m", engine="1", rank="pp0tp0"}'
     assert answers(CLIPPING, UNKNOWN, series | {engine: "1x20"}, 12, tmp_path)
+
+
+FP16_SITE = f'{{{PLACE}, layer="9", site="hidden", meaning="fp16"}}'
+ESTIMATED = f'{{{PLACE}, layer="9", site="hidden", format="int8"}}'
+
+
+@pytest.mark.parametrize(
+    ("where", "series", "rule", "other", "values"),
+    [
+        (
+            "maxact-overview / Drift, last hour / A",
+            {f"maxact_headroom_ratio{FLAGGED}": "1.25x20"},
+            "vector(0.9)",
+            "vector(0.8)",
+            (0.8 / 0.9, 1.0),
+        ),
+        (
+            "maxact-model / Rounded to zero in $format, over its limit: site by layer / A",
+            {f"maxact_zeroed_ratio{ESTIMATED}": "0.25x20"},
+            "vector(0.5)",
+            "vector(0.25)",
+            (0.5, 1.0),
+        ),
+        (
+            "maxact-model / Signal to quantization noise in $format, above its floor: site by layer / A",
+            {f"maxact_sqnr_decibels{ESTIMATED}": "12x20"},
+            "vector(10)",
+            "vector(12)",
+            (2.0, 0.0),
+        ),
+    ],
+    ids=["drift", "zeroed", "noise"],
+)
+def test_the_colours_turn_at_the_threshold_that_a_rule_records(
+    where: str, series: dict[str, str], rule: str, other: str, values: tuple[float, float], tmp_path: Path
+) -> None:
+    (expr,) = [query.runnable for query in all_queries() if query.where == where]
+    edited = tmp_path / "edited.rules.yaml"
+    text = RULES.read_text()
+    assert text.count(rule) == 1
+    edited.write_text(text.replace(rule, other))
+    for rules, value in zip((RULES, edited), values, strict=True):
+        given = {"series": series, "at_seconds": 600, "scrape": 60, "folder": tmp_path, "rules": [rules]}
+        assert gives(f"max({expr})", value, **given), rules.name
+
+
+def test_the_margins_turn_at_the_threshold_of_the_sidecar(tmp_path: Path) -> None:
+    threshold = 'maxact_headroom_threshold_ratio{job="maxact", instance="s", meaning="fp16"}'
+    for value in ("1.25", "2.5"):
+        series = {f"maxact_headroom_ratio{FP16_SITE}": "2.5x20", threshold: f"{value}x20"}
+        assert answers(f"min({QUERIES['Smallest margin / A']})", 2.5 / float(value), series, 10, tmp_path)

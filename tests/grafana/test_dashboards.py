@@ -17,6 +17,7 @@ from grafana.assets import (
     ROOT,
     all_queries,
     catalogue,
+    metric_names,
     queries,
     selectors,
 )
@@ -145,6 +146,14 @@ def test_threshold_steps_ascend(board: dict[str, Any]) -> None:
         values = [step["value"] for step in steps]
         assert values[:1] in ([], [None])
         assert values[1:] == sorted(values[1:]), panel["title"]
+
+
+def test_a_threshold_is_read_where_the_rules_record_it() -> None:
+    read = set().union(*(metric_names(query.runnable) for query in all_queries()))
+    assert {name for name in RECORDED if name.startswith(("maxact:", "meaning:"))} - read == {
+        "maxact:drift_ratio:growth"
+    }
+    assert "maxact_headroom_threshold_ratio" not in read
 
 
 @pytest.mark.parametrize("query", all_queries(), ids=lambda query: query.where)

@@ -15,7 +15,9 @@ QUERIES = pytest.mark.parametrize("query", all_queries(), ids=lambda query: quer
 
 WITHOUT_TARGET = {
     "maxact:drift_ratio:floor": "a constant of the rules",
+    "maxact:sqnr_decibels:floor": "a constant of the rules",
     "maxact:window_age_seconds:limit": "a constant of the rules",
+    "maxact:zeroed_ratio:limit": "a constant of the rules",
     "reference:maxact_absmax:max": "a constant of the rules",
 }
 WITHOUT_INSTANCE = {

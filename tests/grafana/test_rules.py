@@ -184,9 +184,10 @@ def test_provisioning_leads_to_the_dashboards_and_a_prometheus() -> None:
     assert provider["options"]["path"] == "$MAXACT_DASHBOARDS"
 
 
-def test_a_spike_meets_a_scrape() -> None:
+@pytest.mark.parametrize("interval", ["scrape_interval", "evaluation_interval"])
+def test_a_spike_meets_a_scrape_and_an_evaluation(interval: str) -> None:
     """The sidecar shows an extremum for at least half of its hold horizon."""
     from maxact_sidecar.config import Settings
 
-    interval = load("prometheus.yml")["global"]["scrape_interval"]
-    assert float(interval.removesuffix("s")) <= Settings().hold / 2
+    seconds = load("prometheus.yml")["global"][interval].removesuffix("s")
+    assert float(seconds) <= Settings().hold / 2
