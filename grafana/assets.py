@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ import promql_parser
 import yaml
 from prometheus_client import Metric
 
-from maxact_sidecar.families import FAMILIES, SelfMetrics
+from maxact_sidecar.families import DETAIL, FAMILIES, SelfMetrics
 
 ROOT: Final = Path(__file__).parents[1]
 GRAFANA: Final = ROOT / "grafana"
@@ -105,7 +106,8 @@ def metric_names(expr: str) -> set[str]:
 
 def catalogue() -> dict[str, set[str]]:
     """Labels of every series the sidecar can expose, target labels included."""
-    labels = {family.name: {*family.labels, *TARGET_LABELS} for family in FAMILIES}
+    families = chain(FAMILIES, *DETAIL.values())
+    labels = {family.name: {*family.labels, *TARGET_LABELS} for family in families}
     metrics = SelfMetrics()
     metrics.windows_rejected.labels(reason="layout.stats")
     for family in metrics.registry.collect():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grafana.board import board, place
-from grafana.panels import Column, Query, Text, lines, rows, states, verdict
+from grafana.panels import Column, Query, Text, lines, rows, shape, states, verdict
 from grafana.query import MOST_LINES, extreme, select, worst_margin
 from grafana.reference import SERIES
 from grafana.scales import DECADES, FLAG, UP, margin_steps
@@ -14,6 +14,11 @@ from maxact_proto.stats import PHASES
 
 _NAME = "{{layer}} {{site}}"
 _CRITERION = "{{meaning}} {{format}}"
+_WORKER = "{{engine}} {{rank}}"
+_ON_REQUEST = (
+    "No data? Then the scrape job in Prometheus does not ask for it: params: {{detail: [{detail}]}} does, as in "
+    "grafana/prometheus.yml."
+)
 
 
 def _phased(*metrics: tuple[str, str]) -> list[Query]:
@@ -273,7 +278,71 @@ def _ranks() -> Any:
         "values above.",
         unit="none",
     )
-    return states(text, [Query(expr=select("maxact_rank_up", "engine"), legend="{{engine}} {{rank}}")], [UP])
+    return states(text, [Query(expr=select("maxact_rank_up", "engine"), legend=_WORKER)], [UP])
+
+
+def _magnitudes() -> Any:
+    text = Text(
+        id=27,
+        title="Shape: share of elements by magnitude",
+        description="Histogram of |x| over time, a row per octave (factor of two) that begins at its label; the lowest "
+        "holds zeros as well, 512 all above. From a sample of the last minutes, all phases; the mean of the selected "
+        f"sites. Rows far above the bulk are what takes its resolution. {_ON_REQUEST.format(detail='histogram')}",
+        unit="percentunit",
+    )
+    octaves = select("maxact_magnitude_octave_ratio", "site")
+    # The shares of a site add up to 1, so the sum of all is the number of sites.
+    return shape(text, Query(expr=f"sum by (octave) ({octaves}) / scalar(sum({octaves}))", legend="{{octave}}"))
+
+
+def _rank_absmax() -> Any:
+    text = Text(
+        id=28,
+        title="Absmax of each worker",
+        description="Largest magnitude that each worker saw over the hold horizon, per phase. Workers that hold a "
+        "site whole agree; of a sharded site each has its slice, and the one that stands out has the outlier channels. "
+        f"{_ON_REQUEST.format(detail='rank')}",
+        unit="short",
+    )
+    query = Query(expr=extreme(select("maxact_rank_absmax", "site")), legend=f"{_WORKER} {_NAME} {{{{phase}}}}")
+    return lines(text, [query], log=True)
+
+
+def _rank_nonfinite() -> Any:
+    text = Text(
+        id=29,
+        title="Non-finite token rows of each worker per second",
+        description="Token rows in which a worker's own slice held a NaN or an infinity: one worker alone points at "
+        f"its shard or its card. {_ON_REQUEST.format(detail='rank')}",
+        unit="cps",
+    )
+    counter = select("maxact_rank_nonfinite_tokens_total", "site")
+    rate = f"rate({counter}[$__rate_interval]) and topk({MOST_LINES}, {counter} @ end())"
+    return lines(text, [Query(expr=rate, legend=f"{_WORKER} {_NAME} {{{{phase}}}}")])
+
+
+def _calibrated() -> Any:
+    text = Text(
+        id=30,
+        title="The card's limit and what is seen",
+        description="Sites by how much of the absmax of their card they ever used: the card's absmax, the largest "
+        "magnitude over the hold horizon and ever, and the share; above 100 % it left the range. Empty without a card.",
+        unit="short",
+    )
+    by = "max by (model_name, engine, layer, site)"
+    limit = f"{by} ({select('maxact_headroom_limit', 'site', meaning='range')})"
+    now, ever = (f"{by} ({select(name, 'site')})" for name in ("maxact_absmax", "maxact_absmax_high_water"))
+    used = f"topk(15, {ever} / {limit})"
+    columns = [
+        Column(field="layer", title="Layer", width=60),
+        Column(field="site", title="Site"),
+        Column(field="A", title="Card", unit="short", width=85),
+        Column(field="B", title="Now", unit="short", width=85),
+        Column(field="C", title="Ever", unit="short", width=85),
+        Column(field="D", title="Used", unit="percentunit", width=85),
+    ]
+    queries = [*(Query(expr=f"{each} and {used}") for each in (limit, now, ever)), Query(expr=used)]
+    return rows(text, queries, columns, sort="Used", descending=True)
 
 
 def _cards() -> Any:
@@ -298,9 +367,10 @@ def _reference() -> Any:
     text = Text(
         id=20,
         title="What other models carry at such sites",
-        description="Largest absmax of 27 open checkpoints at sites of the selected kinds, all layers, and the layer "
-        "it was found in: the reference census (arXiv 2605.15572). Without data: maxact-reference.rules.yaml is not "
-        "loaded, or the census has no such site (it has no inputs of linear layers).",
+        description="Largest absmax of 27 open checkpoints at sites of the selected kinds, and the layer it was found "
+        "in: the reference census (arXiv 2605.15572). A peak over all layers, whatever layer is selected: these series "
+        "do not hold the census layer by layer. Without data: maxact-reference.rules.yaml is not loaded, or the census "
+        "has no such site (it has no inputs of linear layers).",
         unit="short",
     )
     columns = [
@@ -321,16 +391,17 @@ def site() -> Any:
             (9, [(_absmax(), 24)]),
             (8, [(_headroom(), 12), (_drift(), 12)]),
             (6, [(_flags(), 12), (_ranks(), 12)]),
+            (8, [(_magnitudes(), 8), (_rank_absmax(), 8), (_rank_nonfinite(), 8)]),
             (8, [(_signed(), 12), (_bulk(), 12)]),
             (8, [(_crest(), 12), (_nonfinite(), 12)]),
             (8, [(_noise(), 12), (_zeroed(), 12)]),
             (8, [(_saturated(), 12), (_lost(), 12)]),
             (8, [(_exceeded(), 12), (_first_exceeded(), 12)]),
-            (9, [(_cards(), 12), (_reference(), 12)]),
+            (9, [(_calibrated(), 9), (_cards(), 7), (_reference(), 8)]),
         ]
     )
     description = (
-        "One site in depth: its history, phases, limits, thresholds and flags, its workers and its card. "
+        "One site in depth: its history, shape, phases, limits, thresholds and flags, its workers and its card. "
         f"Where more are selected, a panel draws the {MOST_LINES} most extreme series of the time range."
     )
     return board("site", "maxact / Site", description, depth=6, panels=panels)

@@ -12,8 +12,9 @@ from typing import Any, Final
 
 from grafana_foundation_sdk.builders import common as common_builders
 from grafana_foundation_sdk.builders import dashboard as builders
-from grafana_foundation_sdk.builders import prometheus, stat, statetimeline, table, timeseries
+from grafana_foundation_sdk.builders import heatmap, prometheus, stat, statetimeline, table, timeseries
 from grafana_foundation_sdk.models import common, dashboard
+from grafana_foundation_sdk.models import heatmap as heatmap_models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 DATASOURCE: Final = common.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -128,6 +129,16 @@ def states(text: Text, queries: Sequence[Query], mappings: Sequence[Any]) -> Any
     panel = _with_ranges(_described(statetimeline.Panel(), text), queries)
     panel.mappings(list(mappings)).show_value(common.VisibilityMode.NEVER).row_height(0.8).merge_values(True)
     return panel.legend(common_builders.VizLegendOptions().show_legend(False))
+
+
+def shape(text: Text, query: Query) -> Any:
+    """A heat map over time, a row per series; legends are numbers, where each row begins."""
+    panel = _with_ranges(_described(heatmap.Panel(), text), [query])
+    panel.calculate(False).rows_frame(heatmap.RowsHeatmapOptions().layout(common.HeatmapCellLayout.GE).value("share"))
+    panel.cell_values(heatmap.CellValues().unit(text.unit)).y_axis(heatmap.YAxisConfig().unit("short"))
+    # By the root of the share: the few outliers far from the bulk are what one looks for.
+    color = heatmap.HeatmapColorOptions().mode(heatmap_models.HeatmapColorMode.SCHEME).scheme("Oranges").steps(64)
+    return panel.color(color.scale(heatmap_models.HeatmapColorScale.EXPONENTIAL).exponent(0.5))
 
 
 def matrix(text: Text, expr: str, *, steps: Steps, decimals: int) -> Any:

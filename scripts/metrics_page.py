@@ -9,6 +9,7 @@ from pathlib import Path
 from maxact_sidecar.config import Settings
 from maxact_sidecar.families import DETAIL, FAMILIES, OWN, Family
 from maxact_sidecar.headroom import MEANINGS
+from maxact_sidecar.resolution import OCTAVES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/metrics.md"
 
@@ -32,10 +33,20 @@ what did not fit, which is cut from the end of this table.
 """
 
 DETAIL_HEAD = """
-## Of each worker, on request
+## On request
 
-`/metrics?detail=rank` adds these: when a statistic looks wrong, which worker is it? In Prometheus, a job of its own
-with `params: {detail: [rank]}`, for as long as it is needed: every worker has as many series as the engine.
+`/metrics?detail=histogram` adds the shape of what sites carry: a series for every octave (factor of two) between the
+smallest and the largest magnitude of a site, at most {octaves}; the shares of a site add up to 1.
+`/metrics?detail=rank` adds every worker on its own: when a statistic looks wrong, which worker is it? Two series for
+each of its sites and phases. `/metrics?detail=histogram&detail=rank` adds both. Where `--max-series` cuts, they are the
+first to go.
+
+Three panels of *maxact / Site* draw them. In Prometheus, `params` of the one job for the sidecar asks for them, as
+`grafana/prometheus.yml` does; a second job for the same sidecar would have all its other series twice:
+
+    scrape_configs:
+      - job_name: maxact
+        params: {{detail: [histogram, rank]}}
 
 """
 
@@ -106,7 +117,9 @@ def render() -> str:
         stale=settings.stale,
         max_series=settings.max_series,
     )
-    tables = [head, _table(FAMILIES), DETAIL_HEAD, _table(DETAIL), OWN_HEAD, _table(OWN)]
+    details = [family for families in DETAIL.values() for family in families]
+    on_request = DETAIL_HEAD.format(octaves=len(OCTAVES))
+    tables = [head, _table(FAMILIES), on_request, _table(details), OWN_HEAD, _table(OWN)]
     process = [f"| `{name}` | {kind} | {meaning} |\n" for name, (kind, meaning) in PROCESS.items()]
     recorded = [f"| `{name}` | {meaning} |\n" for name, meaning in RECORDED.items()]
     return "".join([*tables, PROCESS_HEAD, *process, RECORDED_HEAD, *recorded])

@@ -54,7 +54,7 @@ class Sidecar:
         """JSON of an API path."""
         return httpx.get(f"{self.url}/api/v1/{path}", params=params).raise_for_status().json()
 
-    def scrape(self, accept: str = "", **params: str) -> str:
+    def scrape(self, accept: str = "", **params: str | list[str]) -> str:
         """The text of ``/metrics``."""
         return httpx.get(f"{self.url}/metrics", params=params, headers={"accept": accept}).raise_for_status().text
 
@@ -85,7 +85,7 @@ def program(name: str) -> Path:
 
 
 def free_port() -> int:
-    """A port nobody listens on just now, below those that Linux hands out: one of them is soon somebody's connection."""
+    """A port nobody listens on just now, below those that Linux hands out: one of those is soon somebody's own."""
     while True:
         port = _DRAWS.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ that is not known is an absent series, never a sentinel.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -19,7 +19,7 @@ from prometheus_client import exposition as text_format
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from maxact_proto import stats
-from maxact_sidecar import merge
+from maxact_sidecar import merge, resolution
 from maxact_sidecar.card import LoadedCard
 from maxact_sidecar.config import Settings
 from maxact_sidecar.families import (
@@ -28,9 +28,11 @@ from maxact_sidecar.families import (
     ENGINE,
     FAMILIES,
     FORMATTED,
+    OCTAVES,
     RANK,
     RANK_PHASED,
     SITE,
+    Detail,
     Family,
     SelfMetrics,
 )
@@ -39,6 +41,8 @@ from maxact_sidecar.snapshot import RankDetail, SiteKey, Snapshot
 
 TEXT: Final = text_format.CONTENT_TYPE_LATEST
 OPENMETRICS: Final = openmetrics.CONTENT_TYPE_LATEST
+
+_OCTAVE_LABELS: Final = [f'octave="{start:.9g}"' for start in resolution.OCTAVES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +79,15 @@ class Collector:
         cards: Sequence[LoadedCard],
         *,
         as_openmetrics: bool,
-        ranks_apart: bool = False,
+        details: Collection[Detail] = (),
     ) -> bytes:
-        """One scrape, in the Prometheus text format or in OpenMetrics; ``ranks_apart``: with `DETAIL`."""
+        """One scrape, in the Prometheus text format or in OpenMetrics; ``details``: with these of `DETAIL`."""
         started = time.perf_counter()
         parts: list[bytes] = []
         room = self._settings.max_series
         dropped = 0
         templates: dict[tuple[str, int], _Template] = {}
-        for family in (*FAMILIES, *DETAIL) if ranks_apart else FAMILIES:
+        for family in _families(details):
             head = _head(family, as_openmetrics)
             for part, (keys, sets, values) in enumerate(self._series(family, snapshots, cards)):
                 known, left_out = _known(values, room)
@@ -127,13 +131,26 @@ class Collector:
             yield None, lambda: [""], np.array([float(len(snapshots))])
 
 
+def _families(details: Collection[Detail]) -> Iterable[Family]:
+    yield from FAMILIES
+    for name, families in DETAIL.items():
+        if name in details:
+            yield from families
+
+
 def _site_sets(snapshot: Snapshot, labels: tuple[str, ...]) -> list[str]:
     """Label sets in the order of `_SITE_VALUES`. Made anew when needed."""
     sites = [_site_labels(snapshot, key) for key in snapshot.keys]
     criteria = [_criterion_labels(criterion) for criterion in snapshot.criteria]
     formats = [f'format="{number.name}"' for number in snapshot.formats]
     phases = [f'phase="{phase}"' for phase in stats.PHASES]
-    for values, there in ((criteria, "meaning" in labels), (formats, labels == FORMATTED), (phases, "phase" in labels)):
+    own = (
+        (criteria, "meaning" in labels),
+        (formats, labels == FORMATTED),
+        (phases, "phase" in labels),
+        (_OCTAVE_LABELS, labels == OCTAVES),
+    )
+    for values, there in own:
         if there:
             sites = [f"{each},{value}" for value in values for each in sites]
     return sites
@@ -199,6 +216,7 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
     "maxact_crest_ratio": lambda snapshot: snapshot.hold.crest_ratio,
     "maxact_zeroed_ratio": lambda snapshot: snapshot.zeroed_ratio,
     "maxact_sqnr_decibels": lambda snapshot: snapshot.sqnr_decibels,
+    "maxact_magnitude_octave_ratio": lambda snapshot: snapshot.octave_ratio,
     "maxact_saturation_ratio": lambda snapshot: np.where(snapshot.counted, snapshot.hold.saturation_ratio, np.nan),
     "maxact_saturated_total": lambda snapshot: _counts(snapshot, snapshot.total.counts[..., stats.SATURATED]),
     "maxact_zeroed_total": lambda snapshot: _counts(snapshot, snapshot.total.counts[..., stats.ZEROED]),
@@ -215,7 +233,7 @@ _SITE_VALUES: Final[Mapping[str, Callable[[Snapshot], Floats]]] = {
     "maxact_headroom_windows_exceeded_total": lambda snapshot: _of_exceeded(snapshot, "windows_exceeded"),
     "maxact_headroom_phase_windows_exceeded_total": lambda snapshot: _of_phases(snapshot),
 }
-"""``[sites]``, ``[phases, sites]``, ``[criteria, sites]``, ``[phases, criteria, sites]`` or ``[formats, sites]``.
+"""``[sites]``, or ``[..., sites]`` with phases, criteria, phases and criteria, formats or octaves before.
 
 What is not finite has no series.
 """

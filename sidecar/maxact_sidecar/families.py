@@ -6,6 +6,7 @@ sidecar itself (`OWN`) are few and go through `prometheus_client` (`SelfMetrics`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -29,6 +30,10 @@ JUDGED: Final = (*SITE, *CRITERION)
 RANK: Final = ("model_name", "engine", "rank")
 ENGINE: Final = ("model_name", "engine")
 RANK_PHASED: Final = (*RANK, "layer", "site", "phase")
+OCTAVES: Final = (*SITE, "octave")
+
+Detail = Literal["histogram", "rank"]
+"""What `DETAIL` is asked for by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,25 +299,38 @@ FAMILIES: Final = (
 )
 """What is rendered from snapshots, in this order: where the series cap cuts, it cuts from the end."""
 
-DETAIL: Final = (
-    Family(
-        "maxact_rank_absmax",
-        "gauge",
-        RANK_PHASED,
-        "activation",
-        "Largest magnitude of one worker over the hold horizon",
-        "max by (layer, site) (maxact_rank_absmax) / min by (layer, site) (maxact_rank_absmax)",
+DETAIL: Final[Mapping[Detail, tuple[Family, ...]]] = {
+    "histogram": (
+        Family(
+            "maxact_magnitude_octave_ratio",
+            "gauge",
+            OCTAVES,
+            "ratio",
+            "Share of elements with a magnitude from octave to twice that (0: to 4.8e-07, 512: or more), of a sample "
+            "of the last minutes",
+            'maxact_magnitude_octave_ratio{layer="0",site="hidden"}',
+        ),
     ),
-    Family(
-        "maxact_rank_nonfinite_tokens_total",
-        "counter",
-        RANK_PHASED,
-        "tokens",
-        "Token rows of one worker holding a NaN or an infinity, since it started",
-        "sum by (rank) (increase(maxact_rank_nonfinite_tokens_total[1h])) > 0",
+    "rank": (
+        Family(
+            "maxact_rank_absmax",
+            "gauge",
+            RANK_PHASED,
+            "activation",
+            "Largest magnitude of one worker over the hold horizon",
+            "max by (layer, site) (maxact_rank_absmax) / min by (layer, site) (maxact_rank_absmax)",
+        ),
+        Family(
+            "maxact_rank_nonfinite_tokens_total",
+            "counter",
+            RANK_PHASED,
+            "tokens",
+            "Token rows of one worker holding a NaN or an infinity, since it started",
+            "sum by (rank) (increase(maxact_rank_nonfinite_tokens_total[1h])) > 0",
+        ),
     ),
-)
-"""Which worker it is: rendered behind `FAMILIES` for ``/metrics?detail=rank`` only, every rank adds its series."""
+}
+"""Rendered behind `FAMILIES` for ``/metrics?detail=...`` only: every octave, every rank adds its series."""
 
 OWN: Final = (
     Family(

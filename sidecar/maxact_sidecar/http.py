@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import gzip
 import re
+from collections.abc import Sequence
 from importlib import resources
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -23,6 +24,7 @@ from maxact_sidecar.auth import Gate, TooManyLoginsError
 from maxact_sidecar.card import Card, CardError, LoadedCard, build_card
 from maxact_sidecar.collector import OPENMETRICS, TEXT, Collector
 from maxact_sidecar.config import parse_address
+from maxact_sidecar.families import Detail
 from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.ingest import clock
 from maxact_sidecar.snapshot import Snapshot
@@ -44,7 +46,10 @@ _PROBES = ("/-/healthy", "/-/ready")
 Model = Annotated[str | None, Query(description="Served model name; needed where several models are served")]
 Engine = Annotated[str | None, Query(description="Engine name; all engines of the model where omitted")]
 
-Detail = Annotated[Literal["rank"] | None, Query(description="rank: with series of every worker as well")]
+Details = Annotated[
+    Sequence[Detail],
+    Query(description="histogram: with shares of elements by magnitude; rank: with series of every worker; or both"),
+]
 Name = Annotated[str | None, Query(description="Name of the card in metrics; its model where omitted", max_length=512)]
 Add = Annotated[bool, Query(description="Keep other cards of the model: the widest range of all counts")]
 
@@ -66,12 +71,11 @@ def make_app(fleet: Fleet, collector: Collector, gate: Gate, *, by_own_names: bo
         return HTMLResponse(page, headers=_PAGE_HEADERS)
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    def metrics(request: Request, detail: Detail = None) -> Response:
+    def metrics(request: Request, detail: Details = ()) -> Response:
         """Prometheus text format, or OpenMetrics where the client accepts it."""
         as_openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
-        apart = detail == "rank"
-        snapshots = fleet.snapshots(clock(), ranks_apart=apart)
-        body = collector.render(snapshots, fleet.cards, as_openmetrics=as_openmetrics, ranks_apart=apart)
+        snapshots = fleet.snapshots(clock(), ranks_apart="rank" in detail)
+        body = collector.render(snapshots, fleet.cards, as_openmetrics=as_openmetrics, details=detail)
         headers = {"Content-Type": OPENMETRICS if as_openmetrics else TEXT, "Vary": "Accept, Accept-Encoding"}
         if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
             body = gzip.compress(body, compresslevel=1)

@@ -38,6 +38,8 @@ INPUTS_OF_LINEAR_LAYERS: Final = frozenset({"attn_input", "o_proj_input", "mlp_i
 _STARTS: Final = np.concatenate([[0.0], stats.BIN_EDGES[1:]])
 """Elements below the first edge are counted in the first bin."""
 _WIDTHS: Final = np.diff(_STARTS, append=2 * stats.BIN_EDGES[-2])
+OCTAVES: Final = _STARTS[::2]
+"""Where each octave begins, ``[B / 2]``; two bins each."""
 
 # The error of a bin in units of scale^2 depends on where it lies relative to the scale: integrated once, for scales
 # between two powers of two in `_FRACTIONS` steps and bins up to `_REACH` half octaves away.
@@ -134,6 +136,18 @@ def limit(median: Floats, number: Format) -> Floats:
 def typical_block_maximum(histograms: Floats, number: Format) -> Floats:
     """``[S]``: the largest of a block, its median over blocks of independent draws. NaN without elements."""
     return _quantile(histograms, 0.5 ** (1 / number.block))
+
+
+def octave_ratio(histograms: Floats) -> Floats:
+    """``[B / 2, S]``: share of elements in each octave. NaN without elements, and outside the octaves that hold any."""
+    counted = histograms.reshape(-1, len(OCTAVES), 2).sum(axis=-1, dtype=np.float64)
+    reached = np.cumsum(counted, axis=-1)
+    everything = reached[:, -1:]
+    # An empty octave between others keeps its zero: a gap in the shape is worth seeing.
+    within = (reached > 0) & (reached - counted < everything)
+    with np.errstate(invalid="ignore"):
+        ratio: Floats = np.where(within, counted / everything, np.nan).T
+    return ratio
 
 
 def _noise(histograms: Floats, scale: Floats, number: Format) -> Floats:

@@ -116,6 +116,11 @@ class Snapshot:
             [resolution.sqnr_decibels(self.histogram, self.absmax, power, each) for each in self.formats]
         )
 
+    @property
+    def octave_ratio(self) -> Floats:
+        """``[octaves, S]``: share of elements by magnitude; NaN where nothing was counted."""
+        return resolution.octave_ratio(self.histogram)
+
     def _per_format(self, values: list[Floats]) -> Floats:
         return np.array(values).reshape(len(values), len(self.keys))
 

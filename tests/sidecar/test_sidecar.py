@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def busy_sidecar(patient_sidecar: Sidecar) -> Sidecar:
     [("text/plain", parse_text), ("application/openmetrics-text; version=1.0.0", parse_openmetrics)],
 )
 def test_a_scrape_of_everything_is_valid_in_both_formats(busy_sidecar: Sidecar, accept: str, parse: Any) -> None:
-    families = {family.name: family for family in parse(busy_sidecar.scrape(accept, detail="rank"))}
-    for family in (*FAMILIES, *DETAIL, *OWN):
+    families = {family.name: family for family in parse(busy_sidecar.scrape(accept, detail=[*DETAIL]))}
+    for family in chain(FAMILIES, *DETAIL.values(), OWN):
         named = family.name.removesuffix("_total").removesuffix("_info")
         read = families.get(family.name) or families[named]
         assert read.samples, family.name
@@ -109,6 +110,43 @@ def test_the_ranks_of_a_scrape_in_detail_are_told_apart(busy_sidecar: Sidecar) -
     assert httpx.get(f"{busy_sidecar.url}/metrics", params={"detail": "site"}).status_code == 422
 
 
+def test_a_scrape_has_the_shape_of_every_site_for_those_who_ask(patient_sidecar: Sidecar) -> None:
+    worker = patient_sidecar.connect()
+    histogram = np.zeros((len(SITES), stats.NUM_BINS), np.float32)
+    for magnitude, elements in {0.26: 3, 0.4: 2, 1.5: 15}.items():
+        histogram[1, np.searchsorted(stats.BIN_EDGES, magnitude, side="right") - 1] = elements
+    histogram[2, [0, -1]] = 1
+    worker.send(1.0, histogram=histogram)
+    assert "maxact_magnitude_octave_ratio" not in patient_sidecar.scrape(detail="rank")
+    [family] = [
+        family
+        for family in parse_text(patient_sidecar.scrape(detail="histogram"))
+        if family.name == "maxact_magnitude_octave_ratio"
+    ]
+    shares: dict[str, dict[float, float]] = {}
+    for sample in family.samples:
+        shares.setdefault(sample.labels["site"], {})[float(sample.labels["octave"])] = sample.value
+    assert shares["hidden"] == {0.25: 0.25, 0.5: 0.0, 1.0: 0.75}
+    assert len(shares["down_proj_input"]) == stats.NUM_BINS // 2
+    assert {octave: share for octave, share in shares["down_proj_input"].items() if share} == {0.0: 0.5, 512.0: 0.5}
+    assert "embedding" not in shares
+
+
+def test_details_are_what_the_series_cap_cuts_first(tmp_path: Path) -> None:
+    histogram = np.ones((len(SITES), stats.NUM_BINS), np.float32)
+    sidecar = Sidecar(tmp_path / "log", "--max-series", "70")
+    try:
+        sidecar.connect().send(1.0, histogram=histogram)
+        plain, detailed = (sidecar.scrape(**asked) for asked in ({}, {"detail": [*DETAIL]}))
+    finally:
+        sidecar.stop()
+    plain_lines = [line for line in plain.splitlines() if line.startswith("maxact_crest_ratio")]
+    assert len(plain_lines) == len(SITES)
+    assert all(line in detailed for line in plain_lines)
+    assert "maxact_magnitude_octave_ratio{" in detailed
+    assert "maxact_rank_absmax{" not in detailed
+
+
 def test_lag_and_repeated_windows_are_measured(sidecar: Sidecar) -> None:
     worker = sidecar.connect()
     now = time.time()
@@ -127,7 +165,7 @@ def test_lag_and_repeated_windows_are_measured(sidecar: Sidecar) -> None:
 
 @pytest.mark.server
 def test_promtool_finds_nothing_to_say_about_the_metrics(busy_sidecar: Sidecar) -> None:
-    text = busy_sidecar.scrape(detail="rank")
+    text = busy_sidecar.scrape(detail=[*DETAIL])
     linted = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
     assert (linted.returncode, linted.stderr) == (0, "")
 
