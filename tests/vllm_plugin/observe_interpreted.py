@@ -44,7 +44,6 @@ if __name__ == "__main__":
     check(33, 33, [7, 64, 300], torch.bfloat16, COUNTED_ROWS)
     print("kernel and reference agree")
     block = torch.zeros(1, NUM_ROWS, 64)
-    observe(
-        [torch.zeros(1, 8)] * 9, block, torch.zeros(1, 64), torch.zeros(1), torch.zeros(1, 2), [0] * 9
-    )  # one more than it takes
+    unlike = [torch.zeros(1, 8), torch.zeros(2, 8)]  # in tokens
+    observe(unlike, block, torch.zeros(1, 64), torch.zeros(1), torch.zeros(1, 2), [0, 0])
     print("and what cannot be launched is survived")

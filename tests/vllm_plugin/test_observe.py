@@ -61,13 +61,17 @@ def test_an_element_is_counted_in_the_bin_it_lies_in() -> None:
     assert torch.equal(histograms[0], expected)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 5, 64, 100, 256, 2000])
-def test_every_row_of_a_step_has_the_same_chance_and_its_weight_makes_up_for_it(num_tokens: int) -> None:
-    every = max(stats.SAMPLE_EVERY, num_tokens // 4)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_requests", "every"),
+    [(1, 1, 64), (5, 1, 64), (5, 5, 64), (64, 64, 512), (100, 3, 64), (256, 256, 2048), (2000, 200, 500)],
+)
+def test_every_row_of_a_step_has_the_same_chance_and_its_weight_makes_up_for_it(
+    num_tokens: int, num_requests: int, every: int
+) -> None:
     counts = torch.zeros(num_tokens)
     for offset in range(every):
         histograms = torch.zeros(1, stats.NUM_BINS, dtype=torch.int64)
-        chosen = sampled(num_tokens, Draws(offset))
+        chosen = sampled(num_tokens, num_requests, Draws(offset))
         x = torch.full((num_tokens, 1), 2.0 ** (stats.LOWEST_OCTAVE + 2))
         reference([x], torch.zeros(1, NUM_ROWS, num_tokens), histograms, torch.tensor([chosen]), UNSCALED, [0])
         counts[offset::every] += every

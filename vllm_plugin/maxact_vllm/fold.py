@@ -105,9 +105,9 @@ class Folder:
         """Drop what the rows hold, so that nothing of warm-up is ever folded."""
         self._block.fill_(-torch.inf)
 
-    def sample(self, num_tokens: int) -> None:
-        """Choose the rows of the step that comes, of ``num_tokens``, whose magnitudes are counted."""
-        self._choose(sampled(num_tokens, self._draws))
+    def sample(self, num_tokens: int, num_requests: int) -> None:
+        """Choose the rows of the step that comes whose magnitudes are counted."""
+        self._choose(sampled(num_tokens, num_requests, self._draws))
 
     def _choose(self, sampling: int) -> None:
         if sampling != self._chosen:

@@ -37,6 +37,8 @@ SAMPLING_BITS: Final = 21
 """Of each of the three parts of ``sampling``; ``kernels.cpp`` unpacks them too."""
 MOST_ROWS: Final = 4
 """How many rows of one step are counted at most."""
+DECODE_STEPS: Final = 8
+"""Of how many decode steps one counts a row at most."""
 
 
 def packed(num_tokens: int, every: int, offset: int) -> int:
@@ -44,14 +46,16 @@ def packed(num_tokens: int, every: int, offset: int) -> int:
     return num_tokens << 2 * SAMPLING_BITS | every << SAMPLING_BITS | offset
 
 
-def sampled(num_tokens: int, draws: random.Random) -> int:
+def sampled(num_tokens: int, num_requests: int, draws: random.Random) -> int:
     """``sampling`` of a step of ``num_tokens`` rows: each row has a chance of one in `SAMPLE_EVERY`, in a large step
     less, and weighs one over its chance, so the counts expect those of all rows. 0 where no row is counted.
 
-    Counting a row takes many times as long as reducing it, and in a small step everything waits for it: so most small
-    steps have no row to count, and no step more than `MOST_ROWS`.
+    Counting a row takes many times as long as reducing it, and in a step of one row per request, a decode step,
+    everything waits for it: there are hundreds of those a second, so of those one in `DECODE_STEPS` at most has a row
+    to count. No step has more than `MOST_ROWS`.
     """
-    every = max(stats.SAMPLE_EVERY, -(-num_tokens // MOST_ROWS))
+    most = num_tokens * DECODE_STEPS if num_tokens == num_requests else -(-num_tokens // MOST_ROWS)
+    every = max(stats.SAMPLE_EVERY, most)
     offset = draws.randrange(every)
     return packed(num_tokens, every, offset) if offset < num_tokens else 0
 

@@ -1,12 +1,14 @@
 """Hop 2/9 on a GPU: the kernel of `observe`, one program per (token, site), launched twice.
 
 Once it reduces every row, once it counts the rows of the sample. In one launch the histogram's registers and shared
-memory slow all rows down: five sites of 2,000 rows took 96 us on an H100 instead of 57 (docs/performance.md).
+memory slow all rows down: five sites of 2,000 rows took 96 us on an H100 instead of 57. Widths are constants of the
+kernel: its loops unroll, so that all loads of a row are under way at once, and 57 us became 40 (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -21,11 +23,14 @@ FIRST_BIN = tl.constexpr(2 * (127 + stats.LOWEST_OCTAVE))
 """Exponent and first bit of the mantissa where the first bin begins, as they stand in a float32."""
 FIELD_BITS = tl.constexpr(SAMPLING_BITS)
 FIELD = tl.constexpr((1 << SAMPLING_BITS) - 1)
-_MAX_TENSORS = 8
 _BLOCK = 2048
 _BLOCK_OF_COUNTS = 4096
 _failed: list[bool] = []
 """Holds something after the first failure."""
+_compiled: dict[tuple[bool, tuple[Any, ...]], Any] = {}
+"""Kernels by whether they count and by all that Triton specialized them on. Triton's own look at every argument of
+every launch holds the host up for longer than the kernel takes, and a large prefill, which no CUDA graph replays, is
+launched from there."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -35,7 +40,7 @@ def _merge(top, bottom, squares, magnitudes, top2, bottom2, squares2, magnitudes
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _reduce_row(  # type: ignore[no-untyped-def]
-    x, width, out, stride_stat, scale, BLOCK: tl.constexpr, COUNTS: tl.constexpr
+    x, WIDTH: tl.constexpr, out, stride_stat, scale, BLOCK: tl.constexpr, COUNTS: tl.constexpr
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -47,8 +52,8 @@ def _reduce_row(  # type: ignore[no-untyped-def]
     if COUNTS:
         limit = tl.load(scale)
         zero = tl.load(scale + 1)
-    for start in range(0, width, BLOCK):
-        here = start + column < width
+    for start in tl.static_range(0, WIDTH, BLOCK):
+        here = start + column < WIDTH
         value = tl.load(x + start + column, mask=here, other=0.0).to(tl.float32)
         top = tl.maximum(top, tl.where(here, value, float("-inf")))
         bottom = tl.minimum(bottom, tl.where(here, value, float("inf")))
@@ -71,14 +76,14 @@ def _reduce_row(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _count_row(  # type: ignore[no-untyped-def]
-    x, width, histogram, weight, BLOCK: tl.constexpr, BINS: tl.constexpr
+    x, WIDTH: tl.constexpr, histogram, weight, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     kept = tl.arange(0, 2 * BINS)
     counts = tl.zeros([2 * BINS], tl.int32)
     magnitudes = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
-        here = start + column < width
+    for start in range(0, WIDTH, BLOCK):
+        here = start + column < WIDTH
         value = tl.load(x + start + column, mask=here, other=0.0).to(tl.float32)
         magnitudes += tl.abs(value)
         bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -89,37 +94,25 @@ def _count_row(  # type: ignore[no-untyped-def]
         tl.atomic_add(histogram + kept, counts.to(tl.int64) * weight, mask=(kept < BINS) & (counts > 0))
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _take_row(  # type: ignore[no-untyped-def]
-    x, stride, width, site, token, weight, rows, histograms, scales, stride_site, stride_stat,
-    COUNTING: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr, COUNTS: tl.constexpr
-):  # fmt: skip
-    if COUNTING:
-        _count_row(x + token * stride, width, histograms + site * BINS, weight, BLOCK, BINS)
-    else:
-        out = rows + site * stride_site + token
-        _reduce_row(x + token * stride, width, out, stride_stat, scales + 2 * site, BLOCK, COUNTS)
-
-
 @triton.jit(do_not_specialize=["num_tokens"])  # type: ignore[untyped-decorator, unused-ignore]
 def _observe_kernel(  # type: ignore[no-untyped-def]
-    x0, x1, x2, x3, x4, x5, x6, x7,  # [num_tokens, width], rows contiguous
-    s0, s1, s2, s3, s4, s5, s6, s7,  # row strides
-    w0, w1, w2, w3, w4, w5, w6, w7,  # widths
-    r0, r1, r2, r3, r4, r5, r6, r7,  # sites: where in rows
+    tensors,  # tuple of [num_tokens, width], rows contiguous
     rows,  # float32 [sites, 4 or 6, padded]
     histograms,  # int64 [sites, BINS]
     sampling,  # int64 [1]
     scales,  # float32 [sites, 2]
     num_tokens,
-    stride_site,
-    stride_stat,
+    STRIDES: tl.constexpr,  # of the rows of each tensor
+    WIDTHS: tl.constexpr,
+    SITES: tl.constexpr,  # where in rows, histograms and scales
+    STRIDE_SITE: tl.constexpr,
+    STRIDE_STAT: tl.constexpr,
     NUM: tl.constexpr,
-    COUNTING: tl.constexpr,  # the rows of the sample into the histograms, or else all rows into rows
-    BLOCK: tl.constexpr,
     BINS: tl.constexpr,
     COUNTS: tl.constexpr,
-):  # fmt: skip
+    COUNTING: tl.constexpr,  # the rows of the sample into the histograms, or else all rows into rows
+    BLOCK: tl.constexpr,
+):
     which = tl.program_id(0) % NUM
     token = tl.full([], 0, tl.int64) + tl.program_id(0) // NUM
     weight = tl.full([], 0, tl.int64)
@@ -129,46 +122,14 @@ def _observe_kernel(  # type: ignore[no-untyped-def]
         token = (packed & FIELD) + token * weight
         num_tokens = tl.minimum(packed >> 2 * FIELD_BITS, num_tokens)
     if token < num_tokens:
-        if which == 0:
-            _take_row(
-                x0, s0, w0, r0, token, weight, rows, histograms, scales, stride_site, stride_stat,
-                COUNTING, BLOCK, BINS, COUNTS,
-            )  # fmt: skip
-        elif which == 1:
-            _take_row(
-                x1, s1, w1, r1, token, weight, rows, histograms, scales, stride_site, stride_stat,
-                COUNTING, BLOCK, BINS, COUNTS,
-            )  # fmt: skip
-        elif which == 2:
-            _take_row(
-                x2, s2, w2, r2, token, weight, rows, histograms, scales, stride_site, stride_stat,
-                COUNTING, BLOCK, BINS, COUNTS,
-            )  # fmt: skip
-        elif which == 3:
-            _take_row(
-                x3, s3, w3, r3, token, weight, rows, histograms, scales, stride_site, stride_stat,
-                COUNTING, BLOCK, BINS, COUNTS,
-            )  # fmt: skip
-        elif which == 4:
-            _take_row(
-                x4, s4, w4, r4, token, weight, rows, histograms, scales, stride_site, stride_stat,
-                COUNTING, BLOCK, BINS, COUNTS,
-            )  # fmt: skip
-        elif which == 5:
-            _take_row(
-                x5, s5, w5, r5, token, weight, rows, histograms, scales, stride_site, stride_stat,
-                COUNTING, BLOCK, BINS, COUNTS,
-            )  # fmt: skip
-        elif which == 6:
-            _take_row(
-                x6, s6, w6, r6, token, weight, rows, histograms, scales, stride_site, stride_stat,
-                COUNTING, BLOCK, BINS, COUNTS,
-            )  # fmt: skip
-        else:
-            _take_row(
-                x7, s7, w7, r7, token, weight, rows, histograms, scales, stride_site, stride_stat,
-                COUNTING, BLOCK, BINS, COUNTS,
-            )  # fmt: skip
+        for index in tl.static_range(NUM):
+            if which == index:
+                x = tensors[index] + token * STRIDES[index]
+                if COUNTING:
+                    _count_row(x, WIDTHS[index], histograms + SITES[index] * BINS, weight, BLOCK, BINS)
+                else:
+                    out = rows + SITES[index] * STRIDE_SITE + token
+                    _reduce_row(x, WIDTHS[index], out, STRIDE_STAT, scales + 2 * SITES[index], BLOCK, COUNTS)
 
 
 def observe(
@@ -179,7 +140,7 @@ def observe(
     scales: torch.Tensor,
     sites: list[int],
 ) -> None:
-    """`observe.reference` on the current stream, for up to 8 tensors of as many tokens.
+    """`observe.reference` on the current stream, for tensors of as many tokens.
 
     A kernel that cannot be launched is logged once and observes nothing: the model goes on.
     """
@@ -199,33 +160,27 @@ def _launch(
     scales: torch.Tensor,
     sites: list[int],
 ) -> None:
-    padding = _MAX_TENSORS - len(tensors)
-    every = [*tensors, *tensors[:1] * padding]
     num_tokens = tensors[0].shape[0]
     if any(x.shape[0] != num_tokens for x in tensors):
         raise ValueError(f"sites of one group differ in tokens: {[x.shape[0] for x in tensors]}")
     if num_tokens == 0:
         return
+    operands = (tuple(tensors), rows, histograms, sampling, scales, num_tokens)
+    strides, widths = tuple(x.stride(0) for x in tensors), tuple(x.shape[1] for x in tensors)
+    shape = (strides, widths, tuple(sites), rows.stride(0), rows.stride(1), len(tensors))
+    constants = (*shape, stats.NUM_BINS, rows.shape[1] > NUM_ROWS)
+    aligned = tuple(x.data_ptr() % 16 == 0 for x in (*tensors, rows, histograms, sampling, scales))
+    kind = (constants, aligned, tuple(x.dtype for x in tensors))
+    stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else None
     for counting, num_rows in ((False, num_tokens), (True, MOST_ROWS)):
-        _observe_kernel[(num_rows * len(tensors),)](
-            *every,
-            *(x.stride(0) for x in every),
-            *(x.shape[1] for x in every),
-            *(*sites, *[0] * padding),
-            rows,
-            histograms,
-            sampling,
-            scales,
-            num_tokens,
-            rows.stride(0),
-            rows.stride(1),
-            NUM=len(tensors),
-            COUNTING=counting,
-            BLOCK=_BLOCK_OF_COUNTS if counting else _BLOCK,
-            BINS=stats.NUM_BINS,
-            COUNTS=rows.shape[1] > NUM_ROWS,
-            num_warps=8 if counting else 4,
-        )
+        grid = (num_rows * len(tensors), 1, 1)
+        variant = (counting, _BLOCK_OF_COUNTS if counting else _BLOCK)
+        compiled = _compiled.get((counting, kind))
+        if compiled:
+            compiled[grid](*operands, *constants, *variant, stream=stream)
+        else:
+            compiled = _observe_kernel[grid](*operands, *constants, *variant, num_warps=8 if counting else 4)
+            _compiled[counting, kind] = compiled
 
 
 def fork(
@@ -236,7 +191,13 @@ def fork(
     scales: torch.Tensor,
     sites: list[int],
 ) -> None:
-    """The same on the side stream, behind what the current one has done so far."""
+    """The same on the side stream, behind what the current one has done so far: a branch of the CUDA graph.
+
+    Launched from the host, a branch would hold that up longer than it saves the GPU: then there is none.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        observe(tensors, rows, histograms, sampling, scales, sites)
+        return
     side = _side_stream(rows.device)
     side.wait_stream(torch.cuda.current_stream(rows.device))
     with torch.cuda.stream(side):
@@ -244,8 +205,9 @@ def fork(
 
 
 def join(tensors: list[torch.Tensor], rows: torch.Tensor) -> None:
-    """The current stream waits for the side stream."""
-    torch.cuda.current_stream(rows.device).wait_stream(_side_stream(rows.device))
+    """The current stream waits for the branch, if there is one."""
+    if torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(rows.device).wait_stream(_side_stream(rows.device))
 
 
 @functools.cache

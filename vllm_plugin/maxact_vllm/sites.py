@@ -314,9 +314,11 @@ def _first_use(method: Callable[..., Any], name: str) -> str:
 
 def _adds_residual(norm: nn.Module, width: int) -> bool:
     """Whether ``norm(x, residual)`` returns ``x + residual``: asked of a copy, for some hand the residual through."""
-    copied = copy.deepcopy(norm).to_empty(device="cpu").float()
+    # Where the weights are, for vLLM's kernels are those of its platform; without weights, of none.
+    device = next((weight.device for weight in norm.parameters() if not weight.is_meta), torch.device("cpu"))
+    copied = copy.deepcopy(norm).to_empty(device=device).float()
     forward = getattr(copied, "forward_native", copied.forward)
-    x = torch.ones(1, width, dtype=torch.float32, device="cpu")
+    x = torch.ones(1, width, dtype=torch.float32, device=device)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             output = forward(x, 2 * x)

@@ -78,7 +78,7 @@ class Capture:
         if not (self._armed and num_tokens):
             return
         try:
-            self._folder.sample(num_tokens)
+            self._folder.sample(num_tokens, len(scheduler_output.num_scheduled_tokens))
         except Exception:
             self._fail()
 
