@@ -1,4 +1,4 @@
-"""What the overview answers while a flag is raised and the traffic is calm again, and where nobody can know."""
+"""What the boards answer while a flag is raised and the traffic is calm again, where nobody can know, and of sites."""
 
 from __future__ import annotations
 
@@ -155,3 +155,31 @@ def test_the_margins_turn_at_the_threshold_of_the_sidecar(tmp_path: Path) -> Non
     for value in ("1.25", "2.5"):
         series = {f"maxact_headroom_ratio{FP16_SITE}": "2.5x20", threshold: f"{value}x20"}
         assert answers(f"min({QUERIES['Smallest margin / A']})", 2.5 / float(value), series, 10, tmp_path)
+
+
+OF_SITES = {query.where.removeprefix("maxact-site / "): query.runnable for query in queries(DASHBOARDS["maxact-site"])}
+
+
+@pytest.mark.parametrize(("reading", "share"), [("max", 0.875), ("min", 0.125), ("sum", 1)])
+def test_the_shape_of_several_sites_is_their_mean(reading: str, share: float, tmp_path: Path) -> None:
+    ratios = {("0", "1"): "0.75x3", ("0", "2"): "0.25x3", ("1", "1"): "1x3"}
+    series = {
+        f'maxact_magnitude_octave_ratio{{{PLACE}, layer="{layer}", site="hidden", octave="{octave}"}}': samples
+        for (layer, octave), samples in ratios.items()
+    }
+    expr = f"{reading}({OF_SITES['Shape: share of elements by magnitude / A']})"
+    assert answers(expr, share, series, 2, tmp_path)
+
+
+@pytest.mark.parametrize(("column", "value"), [("A", 50), ("B", 40), ("C", 60), ("D", 1.2)])
+def test_the_limit_of_a_card_stands_beside_what_is_seen(column: str, value: float, tmp_path: Path) -> None:
+    judged, stranger = (f'{{{PLACE}, layer="{layer}", site="hidden", phase="decode"}}' for layer in (0, 1))
+    limit = judged.replace('phase="decode"', 'meaning="range"')
+    series = {
+        f"maxact_headroom_limit{limit}": "50x3",
+        f"maxact_headroom_limit{limit.replace('range', 'fp16')}": "65504x3",
+        **{f"maxact_absmax{judged}": "40x3", f"maxact_absmax_high_water{judged}": "60x3"},
+        **{f"maxact_absmax{stranger}": "900x3", f"maxact_absmax_high_water{stranger}": "900x3"},
+    }
+    expr = OF_SITES[f"The card's limit and what is seen / {column}"]
+    assert answers(f"max({expr})", value, series, 2, tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from grafana.assets import (
     DASHBOARDS,
     GRAFANA,
@@ -21,6 +22,8 @@ from grafana.assets import (
     queries,
     selectors,
 )
+
+from maxact_sidecar.families import DETAIL
 
 VISIBLE_ROWS = 21
 """Grid rows of 38 px that a 1080p screen shows below browser, navigation and variables (about 280 px)."""
@@ -172,6 +175,17 @@ def test_variables_are_among_the_queries() -> None:
     asked = {query.where: query.runnable for query in all_queries() if query.label}
     assert len(asked) == sum(len(board["templating"]["list"]) - 1 for board in DASHBOARDS.values())
     assert asked["maxact-site / variable engine"] == 'maxact_rank_up{job=~".+", instance=~".+", model_name=~".+"}'
+
+
+def test_what_the_sidecar_shows_on_request_is_asked_for_and_its_panels_say_so() -> None:
+    (job,) = yaml.safe_load((GRAFANA / "prometheus.yml").read_bytes())["scrape_configs"]
+    assert job["params"] == {"detail": [*DETAIL]}
+    for detail, families in DETAIL.items():
+        names = {family.name for family in families}
+        panels = [query.panel for query in all_queries() if query.panel and metric_names(query.runnable) & names]
+        assert panels
+        for panel in panels:
+            assert f"params: {{detail: [{detail}]}}" in panel["description"], panel["title"]
 
 
 @BOARDS
