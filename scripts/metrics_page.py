@@ -104,6 +104,8 @@ RECORDED = {
     "fleet:maxact_ranks:up": "Workers that are connected",
     "instance:maxact_sidecar:up": "1 or 0 per sidecar, known or named after maxact",
     "site:maxact_headroom_flag:held": "The flag, kept at its last value while its sidecar is down",
+    "site:maxact_nonfinite_tokens:held": "Non-finite token rows of ten minutes, kept while the sidecar is down",
+    "instance:maxact_warnings:count": "Raised flags of clipping and sites with non-finite values, per sidecar",
 }
 
 

@@ -39,6 +39,7 @@ EXPECTED_ALERTS = {
     "MaxactDriftRising",
     "MaxactStreamDown",
     "MaxactSidecarDown",
+    "MaxactSidecarVanished",
     "MaxactSeriesDropped",
 }
 
