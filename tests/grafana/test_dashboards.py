@@ -41,7 +41,9 @@ def test_the_committed_files_are_what_the_code_builds(tmp_path: Path) -> None:
     run_python("-m", "grafana.build", "--output", str(tmp_path))
     built = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.glob("*/*")}
     assert built == {name: (GRAFANA / name).read_text() for name in built}, "run: make dashboards"
-    assert "rules/maxact-reference.rules.yaml" in built
+    assert {name for name in built if name.startswith("rules/")} == {
+        f"rules/{name}.{kind}.yaml" for name in ("maxact", "maxact-reference") for kind in ("rules", "prometheusrule")
+    }
     assert {name for name in built if name.endswith(".json")} == {f"dashboards/{name}.json" for name in DASHBOARDS}
 
 

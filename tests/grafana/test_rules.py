@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +107,22 @@ def test_every_alert_says_what_where_and_what_to_do(name: str) -> None:
         assert f"\n## {heading}\n" in text, f"{page} lacks {heading!r}"
     assert f"severity: {alert['labels']['severity']}" in text, "the page tells another severity"
     assert f"]({name}.md)" in (ROOT / "docs/runbooks/index.md").read_text()
+
+
+@pytest.mark.parametrize("given", ["options", "variables"])
+def test_runbooks_are_where_one_says_in_everything_that_carries_the_rules(given: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", "grafana.build", "--output", str(tmp_path)]
+    base, ending = "https://docs.example.org/runbooks/", ".html"
+    options = ["--runbook-base", base, "--runbook-ending", ending] if given == "options" else []
+    named = {} if options else {"RUNBOOK_BASE": base, "RUNBOOK_ENDING": ending}
+    subprocess.run([*command, *options], cwd=ROOT, env={**os.environ, **named}, check=True)
+    carriers = {path.name: path.read_text() for path in tmp_path.glob("*/*") if "alert:" in path.read_text()}
+    assert set(carriers) == {"maxact.rules.yaml", "maxact.prometheusrule.yaml"}
+    for text in carriers.values():
+        document = yaml.safe_load(text)
+        rules = [rule for group in document.get("spec", document)["groups"] for rule in group["rules"]]
+        links = {rule["alert"]: rule["annotations"]["runbook_url"] for rule in rules if "alert" in rule}
+        assert links == {name: f"{base}{name}{ending}" for name in ALERTS}
 
 
 NOT_JUDGED = "The sidecar of this version does not judge this meaning yet: the alert stays silent."
