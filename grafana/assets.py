@@ -84,18 +84,23 @@ def all_queries() -> list[Query]:
     return [query for dashboard in DASHBOARDS.values() for query in queries(dashboard)]
 
 
+def children(node: promql_parser.Expr) -> list[promql_parser.Expr]:
+    """The expressions that an expression is made of; that of a range is its selector."""
+    if isinstance(node, promql_parser.MatrixSelector):
+        return [node.vector_selector]
+    parts = [getattr(node, name, None) for name in ("expr", "lhs", "rhs", "param")]
+    return [part for part in (*parts, *getattr(node, "args", ())) if isinstance(part, promql_parser.Expr)]
+
+
 def selectors(expr: str) -> list[tuple[str, dict[str, str]]]:
     """(metric, {label: matcher value}) of every selector in an expression without Grafana variables."""
     found: list[tuple[str, dict[str, str]]] = []
     pending = [promql_parser.parse(expr)]
     while pending:
         node = pending.pop()
-        if isinstance(node, promql_parser.MatrixSelector):
-            node = node.vector_selector
         if isinstance(node, promql_parser.VectorSelector):
             found.append((node.name or "", {matcher.name: matcher.value for matcher in node.matchers.matchers}))
-        children = [getattr(node, name, None) for name in ("expr", "lhs", "rhs", "param")]
-        pending += [child for child in (*children, *getattr(node, "args", ())) if isinstance(child, promql_parser.Expr)]
+        pending += children(node)
     return found
 
 
