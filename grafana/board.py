@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from grafana.links import UIDS
 from grafana.panels import DATASOURCE
 from grafana.query import newly, select
 from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.builders import prometheus
 from grafana_foundation_sdk.models import dashboard
-
-UIDS: Final = {
-    "overview": "maxact-overview",
-    "model": "maxact-model",
-    "site": "maxact-site",
-    "self": "maxact-self",
-}
-"""File name -> uid; links and bookmarks rely on them."""
 
 COLUMNS: Final = 24
 TAG: Final = "maxact"

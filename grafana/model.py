@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from grafana.board import board, place
-from grafana.panels import Query, Text, lines, matrix, verdict
+from grafana.links import ALL, to_site
+from grafana.panels import Column, Query, Text, lines, matrix, rows, verdict
 from grafana.query import LAYERED, SHOWN_FORMAT, select, worst_margin
 from grafana.scales import ABOVE_FLOOR, DECADES, NONE_GOOD, OCTAVES, UNDER_LIMIT, margin_steps
 
@@ -19,6 +20,10 @@ _LIMITS: Final = {
     "fp16": "the largest finite fp16, 65504",
 }
 """What each meaning of headroom judges against."""
+
+_OUTSIDE_LINKS: Final = to_site(
+    model_name="${__data.fields.Model}", engine="${__data.fields.Engine}", layer=ALL, site="${__data.fields.Site}"
+)
 
 _FAR: Final = 99
 """Largest margin shown: fp16 is often a factor of ten thousand away, and a cell has room for five characters."""
@@ -70,7 +75,7 @@ def _headroom(index: int, meaning: str) -> Any:
         title=f"Margin to the {meaning} flag: site by layer",
         description=f"Headroom ratio against {_LIMITS[meaning]}, over the flag's threshold; while a flag is "
         "raised, the worst of the last ten minutes. Red: below 1, the flag is raised. Orange: inside the hysteresis. "
-        f"Green: safe; {_FAR} stands for all that is farther away.",
+        f"Green: safe; {_FAR} stands for all that is farther away. Click a cell for its history.",
         unit="none",
     )
     of = [SHOWN_FORMAT] if meaning == "resolution" else []
@@ -117,11 +122,30 @@ def _zeroed() -> Any:
     return matrix(text, expr, steps=UNDER_LIMIT, decimals=2)
 
 
+def _outside_margins() -> Any:
+    text = Text(
+        id=14,
+        title="Margins outside the layers",
+        description="Embedding and final_norm, which have no layer: headroom ratio over the threshold of its flag, per "
+        "meaning and format; while a flag is raised, the worst of the last ten minutes. Below 1 the flag is raised.",
+        unit="none",
+    )
+    columns = [
+        Column(field="model_name", title="Model"),
+        Column(field="engine", title="Engine", width=100),
+        Column(field="site", title="Site", width=200, links=_OUTSIDE_LINKS),
+        Column(field="meaning", title="Against", width=150),
+        Column(field="format", title="Format", width=150),
+        Column(field="A", title="Margin", unit="none", width=150, steps=margin_steps()),
+    ]
+    margins = f"min by (model_name, engine, site, meaning, format) ({worst_margin(layer='')})"
+    return rows(text, [Query(expr=margins)], columns, sort="Margin")
+
+
 def _heat_maps() -> list[Any]:
     prefill, decode = (select("maxact_absmax", "site", LAYERED, phase=phase) for phase in ("prefill", "decode"))
     lifetime, window = (select(name, "site", LAYERED) for name in ("maxact_absmax_high_water", "maxact_absmax"))
     return [
-        *(_headroom(index, meaning) for index, meaning in enumerate(MEANINGS)),
         _magnitude(30, "maxact_absmax", "Absmax now", "Largest magnitude over the hold horizon, all phases."),
         _magnitude(31, "maxact_absmax_high_water", "Absmax ever", "Largest magnitude since the sidecar's state began."),
         _against(32, "Absmax ever over now", "1: the traffic of now is as extreme as any before.", lifetime, window),
@@ -191,6 +215,8 @@ def model() -> Any:
     panels = place(
         [
             (3, _stats()),
+            *((9, [(_headroom(index, meaning), 24)]) for index, meaning in enumerate(MEANINGS)),
+            (6, [(_outside_margins(), 24)]),
             *((9, [(heat_map, 24)]) for heat_map in _heat_maps()),
             (9, [(_headroom_lines(), 12), (_site_lines(), 12)]),
             (9, [(_layer_lines(), 12), (_outside_lines(), 12)]),

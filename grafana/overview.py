@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from grafana.board import UIDS, board, place
+from grafana.board import board, place
+from grafana.links import to_site
 from grafana.panels import Column, Query, Text, lines, matrix, rows, states, value_mapping, verdict
 from grafana.query import INT8, LAYERED, margin, select, worst_margin, worst_ratio
 from grafana.scales import FLAG, NEAR, NONE_GOOD, UP, margin_steps
 
-SITE_LINK: Final = (
-    f"/d/{UIDS['site']}?${{datasource:queryparam}}&${{job:queryparam}}&${{instance:queryparam}}"
-    "&var-model_name=${__data.fields.Model}&var-engine=${__data.fields.Engine}&var-layer=${__data.fields.Layer}"
-    "&var-site=${__data.fields.Site}&${__url_time_range}"
+_SITE_LINKS: Final = to_site(
+    model_name="${__data.fields.Model}",
+    engine="${__data.fields.Engine}",
+    layer="${__data.fields.Layer}",
+    site="${__data.fields.Site}",
 )
-
 
 _PLACE: Final = (
     Column(field="model_name", title="Model"),
     Column(field="engine", title="Engine", width=60),
     Column(field="layer", title="Layer", width=55),
-    Column(field="site", title="Site", width=150, link=SITE_LINK),
+    Column(field="site", title="Site", width=150, links=_SITE_LINKS),
 )
 
 
@@ -104,17 +105,27 @@ def _streams() -> Any:
     return verdict(text, [query], steps=[(None, "dark-red"), (1, "dark-green")], empty="no worker")
 
 
-def _fleet() -> Any:
-    text = Text(
+def _fleet() -> list[tuple[Any, int]]:
+    everywhere = "over all models and sidecars of the selected jobs, per meaning, whatever else is selected here"
+    flags = Text(
         id=6,
         title="Flags in the fleet",
-        description="Raised flags over all models and sidecars of the selected jobs, per meaning, whatever else is "
-        "selected here. A sidecar that cannot be scraped counts with its last state.",
+        description=f"Raised flags {everywhere}. A sidecar that cannot be scraped counts with its last state.",
         unit="short",
     )
-    flags = 'sum by (meaning, format) (fleet:maxact_headroom_flags:sum{job=~"$job"})'
-    query = Query(expr=flags, legend="{{meaning}} {{format}}")
-    return verdict(text, [query], steps=NONE_GOOD, empty="no rules loaded")
+    margins = Text(
+        id=12,
+        title="Margin in the fleet",
+        description=f"Smallest margin {everywhere}. Below 1 a flag is raised.",
+        unit="none",
+    )
+    raised = 'sum by (meaning, format) (fleet:maxact_headroom_flags:sum{job=~"$job"})'
+    smallest = 'min by (meaning, format) (fleet:maxact_headroom_margin:min{job=~"$job"})'
+    legend, empty = "{{meaning}} {{format}}", "no rules loaded"
+    return [
+        (verdict(flags, [Query(expr=raised, legend=legend)], steps=NONE_GOOD, empty=empty), 3),
+        (verdict(margins, [Query(expr=smallest, legend=legend)], steps=margin_steps(), empty=empty), 3),
+    ]
 
 
 def _heat() -> Any:
@@ -219,7 +230,7 @@ def overview() -> Any:
     """The dashboard."""
     panels = place(
         [
-            (3, [(_int8(), 6), (_worst(), 5), (_drift(), 4), (_nonfinite(), 3), (_streams(), 3), (_fleet(), 3)]),
+            (3, [(_int8(), 5), (_worst(), 4), (_drift(), 3), (_nonfinite(), 3), (_streams(), 3), *_fleet()]),
             (9, [(_heat(), 20), (_health(), 4)]),
             (9, [(_clipping_sites(), 11), (_resolution_sites(), 8), (_trend(), 5)]),
         ]

@@ -30,17 +30,29 @@ def _stats() -> list[tuple[Any, int]]:
         description="Messages that broke the wire's limits in the last hour: usually two maxact versions that differ.",
         unit="short",
     )
+    fleet = Text(
+        id=6,
+        title="Up in the fleet",
+        description="Sidecars that can be scraped and workers that are connected, all of the selected jobs, whatever "
+        "else is selected here.",
+        unit="short",
+    )
+    everywhere = [
+        Query(expr=f'sum({series}{{job=~"$job"}})', legend=legend)
+        for series, legend in (("fleet:maxact_sidecars:up", "sidecars"), ("fleet:maxact_ranks:up", "workers"))
+    ]
     up = Query(expr=f"avg({select('instance:maxact_sidecar:up', 'target')})")
     drops = Query(expr=f"sum(increase({select('maxact_series_dropped_total', 'target')}[1h]))")
     rejects = f"sum(increase({select('maxact_windows_rejected_total', 'target')}[1h]))"
     # The counter has no series before the first rejection.
     none = f"0 * sum({select('maxact_engines', 'target')})"
     return [
-        (verdict(sidecars, [up], steps=[(None, "dark-red"), (1, "dark-green")], empty="none"), 5),
+        (verdict(sidecars, [up], steps=[(None, "dark-red"), (1, "dark-green")], empty="none"), 4),
+        (verdict(fleet, everywhere, empty="no rules loaded"), 4),
         (verdict(engines, [Query(expr=f"sum({select('maxact_engines', 'target')})")], empty="none"), 4),
-        (verdict(series, [Query(expr=f"sum({select('maxact_series', 'target')})")], empty="none"), 5),
-        (verdict(dropped, [drops], steps=NONE_GOOD, empty="none"), 5),
-        (verdict(rejected, [Query(expr=f"{rejects} or {none}")], steps=NONE_GOOD, empty="none"), 5),
+        (verdict(series, [Query(expr=f"sum({select('maxact_series', 'target')})")], empty="none"), 4),
+        (verdict(dropped, [drops], steps=NONE_GOOD, empty="none"), 4),
+        (verdict(rejected, [Query(expr=f"{rejects} or {none}")], steps=NONE_GOOD, empty="none"), 4),
     ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from grafana.links import ALL, to_site
 from grafana_foundation_sdk.builders import common as common_builders
 from grafana_foundation_sdk.builders import dashboard as builders
 from grafana_foundation_sdk.builders import heatmap, prometheus, stat, statetimeline, table, timeseries
@@ -141,8 +142,15 @@ def shape(text: Text, query: Query) -> Any:
     return panel.color(color.scale(heatmap_models.HeatmapColorScale.EXPONENTIAL).exponent(0.5))
 
 
+_ROW: Final = "${__data.fields.site}"
+"""The name of a matrix' row, in a link."""
+
+
 def matrix(text: Text, expr: str, *, steps: Steps, decimals: int) -> Any:
-    """A layer x site heat map of now: a row per site, a column per layer; ``expr`` has exactly these two labels."""
+    """A layer x site heat map of now: a row per site, a column per layer; ``expr`` has exactly these two labels.
+
+    A cell leads to its site in its layer, the name of a row to that site in all layers.
+    """
     panel = _with_tables(_described(table.Panel(), text), [Query(expr=expr)])
     panel.thresholds(_steps(steps)).mappings([_no_cell()]).decimals(decimals).no_value("")
     panel.color_scheme(builders.FieldColor().mode(dashboard.FieldColorModeId.THRESHOLDS))
@@ -169,8 +177,10 @@ def matrix(text: Text, expr: str, *, steps: Steps, decimals: int) -> Any:
         dashboard.DynamicConfigValue("custom.cellOptions", {"type": "auto"}),
         dashboard.DynamicConfigValue("custom.align", "left"),
         dashboard.DynamicConfigValue("custom.width", 150),
+        dashboard.DynamicConfigValue("links", to_site(layer=ALL, site=_ROW)),
     ]
-    return panel.override_by_name("site", names)
+    cells = [dashboard.DynamicConfigValue("links", to_site(layer="${__field.name}", site=_ROW))]
+    return panel.override_by_regexp("/^[0-9]+$/", cells).override_by_name("site", names)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,7 +194,7 @@ class Column:
     width: int = 0
     steps: Steps | None = None
     mappings: tuple[Any, ...] = ()
-    link: str = ""
+    links: Sequence[dict[str, Any]] = ()
 
 
 def rows(
@@ -235,6 +245,6 @@ def _column(column: Column) -> list[Any]:
     if column.steps is not None or column.mappings:
         values["color"] = {"mode": "thresholds"}
         values["custom.cellOptions"] = {"type": "color-background", "mode": "basic"}
-    if column.link:
-        values["links"] = [{"title": "Open the site", "url": column.link, "targetBlank": False}]
+    if column.links:
+        values["links"] = column.links
     return [dashboard.DynamicConfigValue(name, value) for name, value in values.items()]

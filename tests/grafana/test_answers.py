@@ -106,6 +106,14 @@ def test_safe_is_not_said_of_a_replica_that_is_not_judged(tmp_path: Path) -> Non
     assert answers(CLIPPING, UNKNOWN, series | {engine: "1x20"}, 12, tmp_path)
 
 
+def test_the_margins_of_embedding_and_final_norm_are_on_the_model_board(tmp_path: Path) -> None:
+    where = "maxact-model / Margins outside the layers / A"
+    (expr,) = [query.runnable for query in all_queries() if query.where == where]
+    final = {f'maxact_headroom_ratio{{{PLACE}, site="final_norm", meaning="range"}}': "1.8x20"}
+    assert answers(f"min({expr})", 2, SERIES | final, 2, tmp_path)
+    assert answers(f"count({expr})", 1, SERIES | final, 2, tmp_path)
+
+
 FP16_SITE = f'{{{PLACE}, layer="9", site="hidden", meaning="fp16"}}'
 ESTIMATED = f'{{{PLACE}, layer="9", site="hidden", format="int8"}}'
 

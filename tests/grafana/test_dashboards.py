@@ -119,22 +119,61 @@ def test_links_lead_to_the_other_dashboards_and_carry_the_variables(board: dict[
         assert url in DASHBOARDS
 
 
-@pytest.mark.parametrize("title", ["Worst sites: clipping", "Worst sites: resolution"])
-def test_a_row_of_the_worst_sites_opens_that_site(title: str) -> None:
-    panel = next(panel for panel in DASHBOARDS["maxact-overview"]["panels"] if panel["title"] == title)
-    properties = {
-        (override["matcher"]["options"], entry["id"]): entry["value"]
+def data_links(panel: dict[str, Any]) -> dict[str, str]:
+    """Column, or pattern of columns -> address of its data link."""
+    return {
+        override["matcher"]["options"]: entry["value"][0]["url"]
         for override in panel["fieldConfig"]["overrides"]
         for entry in override["properties"]
+        if entry["id"] == "links"
     }
-    url = properties["Site", "links"][0]["url"]
+
+
+def check_site_link(url: str) -> None:
+    """The link opens maxact / Site and says what each of its variables is."""
     assert url.startswith("/d/maxact-site?")
     variables = {variable["name"] for variable in DASHBOARDS["maxact-site"]["templating"]["list"]}
-    named = set(re.findall(r"var-(\w+)=", url)) | set(re.findall(r"\$\{(\w+):queryparam\}", url))
-    assert named == variables
-    columns = set(re.findall(r"__data\.fields\.(\w+)", url))
-    shown = {name for name, _ in properties}
-    assert columns <= shown
+    assert set(re.findall(r"var-(\w+)=", url)) | set(re.findall(r"\$\{(\w+):queryparam\}", url)) == variables
+    assert url.endswith("&${__url_time_range}")
+
+
+def panels_with(board: str, transformation: str) -> list[dict[str, Any]]:
+    """The panels of a board with a transformation of that name."""
+    return [
+        panel
+        for panel in DASHBOARDS[board]["panels"]
+        if transformation in {each["id"] for each in panel.get("transformations", ())}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("board", "title"),
+    [
+        ("maxact-overview", "Worst sites: clipping"),
+        ("maxact-overview", "Worst sites: resolution"),
+        ("maxact-model", "Margins outside the layers"),
+    ],
+)
+def test_a_row_of_a_table_of_sites_opens_that_site(board: str, title: str) -> None:
+    (panel,) = [panel for panel in panels_with(board, "merge") if panel["title"] == title]
+    url = data_links(panel)["Site"]
+    check_site_link(url)
+    shown = {override["matcher"]["options"] for override in panel["fieldConfig"]["overrides"]}
+    assert set(re.findall(r"__data\.fields\.(\w+)", url)) <= shown
+
+
+@pytest.mark.parametrize("board", ["maxact-overview", "maxact-model"])
+def test_a_cell_of_a_heat_map_opens_that_site_in_that_layer(board: str) -> None:
+    heat_maps = panels_with(board, "groupingToMatrix")
+    assert heat_maps
+    for panel in heat_maps:
+        links = data_links(panel)
+        assert set(links) == {"/^[0-9]+$/", "site"}, panel["title"]
+        for url in links.values():
+            check_site_link(url)
+            assert "var-site=${__data.fields.site}" in url
+        assert "var-layer=${__field.name}" in links["/^[0-9]+$/"]
+        assert "var-layer=$__all" in links["site"]
 
 
 @BOARDS

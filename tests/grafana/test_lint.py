@@ -25,6 +25,9 @@ WITHOUT_TARGET = {
 WITHOUT_INSTANCE = {
     **WITHOUT_TARGET,
     "fleet:maxact_headroom_flags:sum": "a series of the fleet has no instance",
+    "fleet:maxact_headroom_margin:min": "a series of the fleet has no instance",
+    "fleet:maxact_ranks:up": "a series of the fleet has no instance",
+    "fleet:maxact_sidecars:up": "a series of the fleet has no instance",
     "meaning:maxact_headroom_threshold_ratio:max": "a threshold of all sidecars has no instance",
 }
 BARE_COUNTERS = {

@@ -184,7 +184,7 @@ def test_every_recorded_series_is_read_or_made_for_federation() -> None:
     for expr in (*EXPRESSIONS.values(), *(query.runnable for query in all_queries())):
         used |= metric_names(expr)
     for name in set(RECORDED) - used:
-        assert name.startswith(("model:", "fleet:")), f"nothing reads {name}"
+        assert name.startswith("model:"), f"nothing reads {name}"
 
 
 def test_alertmanager_knows_only_alerts_that_exist() -> None:
