@@ -17,6 +17,8 @@ _SITE_LINKS: Final = to_site(
     site="${__data.fields.Site}",
 )
 
+_DOWN: Final = f"{select('instance:maxact_sidecar:up', 'target')} == 0"
+
 _PLACE: Final = (
     Column(field="model_name", title="Model"),
     Column(field="engine", title="Engine", width=60),
@@ -53,8 +55,7 @@ def _unsafe(meanings: str) -> str:
     flags = select("site:maxact_headroom_flag:held", "site", f'meaning=~"{meanings}"', 'format=~"|int8"')
     engine = "job, instance, model_name, engine"
     unjudged = f"count by ({engine}) ({select('maxact_rank_up', 'engine')}) unless on ({engine}) {flags}"
-    down = f"{select('instance:maxact_sidecar:up', 'target')} == 0"
-    return f"sum({flags}) > 0 or sum({flags}) unless on () ({unjudged} or {down}) or vector(-1)"
+    return f"sum({flags}) > 0 or sum({flags}) unless on () ({unjudged} or {_DOWN}) or vector(-1)"
 
 
 def _worst() -> Any:
@@ -142,24 +143,35 @@ def _heat() -> Any:
     return matrix(text, expr, steps=margin_steps(), decimals=2)
 
 
+_KEPT: Final = (
+    "while a flag is raised, the worst of the last ten minutes. A raised flag of a sidecar that is down has no values."
+)
+
+
+def _with_raised(flags: str, keep: str, worst: str) -> str:
+    """The flags of the worst sites, and those raised at sidecars that are down, whose sites have no margin."""
+    return f"{flags} {keep} {worst} or topk(15, {flags} == 1 and on (job, instance) {_DOWN})"
+
+
 def _clipping_sites() -> Any:
     text = Text(
         id=8,
         title="Worst sites: clipping",
         description="The fifteen sites with the smallest margin to a limit of magnitude (card, deployed scale, fp16); "
-        "while a flag is raised, the worst of the last ten minutes. Click a site for its history.",
+        f"{_KEPT} Click a site for its history.",
         unit="none",
     )
     magnitude = 'meaning!="resolution"'
     worst = f"bottomk(15, {worst_margin(magnitude)})"
     keep = "and on (job, instance, model_name, engine, layer, site, meaning)"
     limit = select("maxact_headroom_limit", "site", magnitude)
+    flags = select("site:maxact_headroom_flag:held", "site", magnitude)
     queries = [
         Query(expr=worst),
         Query(expr=f"{limit} / {worst_ratio(magnitude)} {keep} {worst}"),
         # max without () drops the metric name, which would keep the tables from being joined.
         Query(expr=f"max without () ({limit}) {keep} {worst}"),
-        Query(expr=f"max without () ({select('maxact_headroom_flag', 'site', magnitude)}) {keep} {worst}"),
+        Query(expr=f"max without () ({_with_raised(flags, keep, worst)})"),
     ]
     columns = [
         *_PLACE,
@@ -177,19 +189,22 @@ def _resolution_sites() -> Any:
         id=11,
         title="Worst sites: resolution",
         description="The fifteen sites where one INT-8 scale for the whole tensor loses most: the share of elements "
-        "that become zero, and the margin to the flag. Below 1 it is raised; then the worst of the last ten minutes.",
+        f"that become zero, and the margin to the flag. Below 1 it is raised; {_KEPT}",
         unit="none",
     )
     worst = f"min without (meaning) (bottomk(15, {worst_margin(INT8, meaning='resolution')}))"
     keep = "and on (job, instance, model_name, engine, layer, site)"
+    flags = select("site:maxact_headroom_flag:held", "site", INT8, meaning="resolution")
     queries = [
         Query(expr=worst),
         Query(expr=f"max without () ({select('maxact_zeroed_ratio', 'site', INT8)}) {keep} {worst}"),
+        Query(expr=f"max without (meaning) ({_with_raised(flags, keep, worst)})"),
     ]
     columns = [
         *_PLACE,
         Column(field="B", title="To zero", unit="percentunit", width=75),
         Column(field="A", title="Margin", unit="none", width=70, steps=margin_steps("resolution")),
+        Column(field="C", title="Flag", unit="none", width=65, mappings=(FLAG,)),
     ]
     return rows(text, queries, columns, sort="Margin")
 

@@ -92,6 +92,21 @@ def test_a_flag_of_a_dead_sidecar_is_still_a_no_beside_a_healthy_replica(tmp_pat
         assert answers(CLIPPING, value, series, minute, tmp_path), f"minute {minute}"
 
 
+@pytest.mark.parametrize(
+    ("question", "criterion"),
+    [
+        ("Worst sites: clipping / D", 'meaning="range"'),
+        ("Worst sites: resolution / C", 'meaning="resolution", format="int8"'),
+    ],
+)
+def test_where_is_still_told_of_a_flag_whose_sidecar_died_long_ago(
+    question: str, criterion: str, tmp_path: Path
+) -> None:
+    series = replica("s1", up="1x9 0x30", flag="0x4 1x4 stale") | replica("s2", up="1x40", flag="0x40")
+    series = {name.replace('meaning="range"', criterion): values for name, values in series.items()}
+    assert answers(f"count({QUERIES[question]} == 1)", 1, series, 38, tmp_path)
+
+
 def test_safe_is_not_said_while_a_sidecar_is_down(tmp_path: Path) -> None:
     series = replica("s1", up="1x9 0x10 1x10", flag="0x9 stale _x9 0x10") | replica("s2", up="1x40", flag="0x40")
     for minute, value in ((5, 0), (12, UNKNOWN), (18, UNKNOWN), (25, 0)):
