@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engines import NATIVE, Run
+from safetensors.torch import save_file
 
 from maxact_proto import stats
 
@@ -18,9 +21,11 @@ BLOCK = 128
 """Tokens of a block of the CPU build's KV cache."""
 
 
-def serve(engine_run: Callable[..., Run], model: Path, batches: list[dict[str, Any]], **llm: Any) -> Run:
+def serve(
+    engine_run: Callable[..., Run], model: Path, batches: list[dict[str, Any]], *, raw: bool = False, **llm: Any
+) -> Run:
     fixed = {"model": str(model), "max_model_len": 1024, "skip_tokenizer_init": True, "block_size": BLOCK}
-    return engine_run({"llm": fixed | NATIVE | llm, "maxact": {"sites": "all"}, "batches": batches})
+    return engine_run({"llm": fixed | NATIVE | llm, "maxact": {"sites": "all"}, "batches": batches, "raw": raw})
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -57,3 +62,43 @@ def test_what_is_computed_again_after_a_preemption_counts_again(
     assert first > 3, "nobody was preempted"
     assert prefill == first * 23
     assert decode >= 3 * 59
+
+
+def test_with_an_adapter_every_site_is_what_the_adapted_modules_see(
+    engine_run: Callable[..., Run], tiny_llama: Path, tmp_path: Path
+) -> None:
+    batch = {"prompts": [prompt(20), prompt(9, seed=1)], "max_tokens": 3}
+    adapted = batch | {"adapter": str(write_adapter(tmp_path, tiny_llama))}
+    lora = {"enable_lora": True, "max_lora_rank": 8}
+    plain = serve(engine_run, tiny_llama, [batch], raw=True, **lora)
+    run = serve(engine_run, tiny_llama, [adapted], raw=True, **lora)
+    for seen in (plain, run):
+        extrema = seen.received.total()[..., : stats.NUM_EXTREMA].max(axis=0)
+        for index, name in enumerate(seen.received.sites()):
+            assert extrema[index, stats.MAX] == seen.raw[name][:, 0].max(), name
+    changed = {name for name in run.received.sites() if not np.array_equal(run.raw[name], plain.raw[name])}
+    assert {"0.mlp_gate", "0.o_proj_input", "1.hidden"} <= changed, "the adapter did nothing"
+
+
+def write_adapter(folder: Path, model: Path) -> Path:
+    """A random LoRA of rank 8 on every linear layer of a Llama."""
+    config = json.loads((model / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head = config.get("head_dim") or hidden // config["num_attention_heads"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
+    attention |= {"o_proj": (queries, hidden)}
+    mlp = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        for block, shapes in (("self_attn", attention), ("mlp", mlp)):
+            for name, (width_in, width_out) in shapes.items():
+                path = f"base_model.model.model.layers.{layer}.{block}.{name}"
+                tensors[f"{path}.lora_A.weight"] = torch.randn(8, width_in, generator=draw)
+                tensors[f"{path}.lora_B.weight"] = torch.randn(width_out, 8, generator=draw)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    modules = [*attention, *mlp]
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "bias": "none", "target_modules": modules}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder

@@ -207,10 +207,11 @@ def cached(module: Any, replicas: int = 1) -> list[Cached]:
         return []
     if hasattr(module, "kv_lora_rank"):
         return [Cached(site="k", width=module.kv_lora_rank, sharded=False, scale=_cache_scale(module, "_k_scale"))]
-    heads = module.num_kv_heads
-    # Held whole by every rank where there are as many replicas. Between the two a head counts once per replica: in
-    # tokens and extrema that is right, in elements and sums it is as many times too much.
-    sharded = _tensor_parallel_size() > replicas
+    # As many ranks in a row hold the same heads: the first of them speaks for all.
+    rank, size = _tensor_parallel()
+    if rank % replicas:
+        return []
+    heads, sharded = module.num_kv_heads, size > replicas
     widths = {"k": heads * module.head_size, "v": heads * getattr(module, "head_size_v", module.head_size)}
     return [
         Cached(site=site, width=width, sharded=sharded, scale=_cache_scale(module, f"_{site}_scale"))
@@ -228,11 +229,12 @@ def _cache_scale(attention: Any, name: str) -> StaticScale | None:
     return _fp8_scale(scale, torch.float8_e5m2 if format == "fp8_e5m2" else current_platform.fp8_dtype())
 
 
-def _tensor_parallel_size() -> int:
+def _tensor_parallel() -> tuple[int, int]:
+    """This rank among those that share each layer, and how many they are."""
     from vllm.distributed import parallel_state
 
-    size: int = parallel_state.get_tensor_model_parallel_world_size()
-    return size
+    group = parallel_state.get_tp_group()
+    return group.rank_in_group, group.world_size
 
 
 def is_missing_layer(module: Any) -> bool:

@@ -62,8 +62,9 @@ def _embedding(around: nn.Module, path: str, hidden_size: int) -> Iterator[Tap]:
     """The token embedding beside the layers, or in a part of the model beside them."""
     found = [(name, child) for name, child in around.named_modules() if _embeds(child)]
     for name, child in sorted(found, key=lambda item: (item[0].count("."), item[1].embedding_dim != hidden_size))[:1]:
+        name, called = _called(around, name)
         width = child.embedding_dim
-        yield Tap(layer=None, name="embedding", path=_join(path, name), module=child, reads="output", width=width)
+        yield Tap(layer=None, name="embedding", path=_join(path, name), module=called, reads="output", width=width)
 
 
 def _embeds(module: nn.Module) -> bool:
@@ -157,11 +158,12 @@ def _gate_taps(index: int, path: str, block: nn.Module) -> Iterator[Tap]:
         else:
             continue
         tp_size = getattr(inner, "tp_size", 1)
+        name, called = _called(block, name)
         yield Tap(
             layer=index,
             name="mlp_gate",
             path=_join(path, name),
-            module=inner,
+            module=called,
             reads="output",
             width=width // tp_size,
             sharded=tp_size > 1,
@@ -255,18 +257,24 @@ def _input_tap(index: int, site: str, path: str, parent: nn.Module, name: str) -
     linear = parent.get_submodule(name)
     sharded = isinstance(linear, RowParallelLinear) and linear.input_is_parallel and linear.tp_size > 1
     width = linear.input_size_per_partition if sharded else linear.input_size
-    # A LoRA wrapper computes with the layer it wraps, but never calls it.
-    called = name.removesuffix(".base_layer")
+    name, called = _called(parent, name)
     return Tap(
         layer=index,
         name=site,
-        path=_join(path, called),
-        module=parent.get_submodule(called),
+        path=_join(path, name),
+        module=called,
         reads="input",
         width=width,
         sharded=sharded,
         scale=static_scale(linear),
     )
+
+
+def _called(parent: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """What is called in the place of a linear layer or an embedding, and its path: a LoRA wrapper computes with the
+    layer it wraps, but never calls it."""
+    called = name.removesuffix(".base_layer")
+    return called, parent.get_submodule(called)
 
 
 def _hidden_taps(
