@@ -1,9 +1,9 @@
 """Run as a program: one in-process vLLM engine, observed, over given prompts; the raw tensors beside it if asked.
 
 ``run_engine.py SPEC.json OUT.npz``. SPEC: ``llm`` (arguments of `vllm.LLM`), ``batches`` (each a list of prompts as
-token ids with ``max_tokens``, and the folder of an ``adapter`` if asked), ``raw`` (also collect every site's tensor
-with plain forward hooks, without maxact's code). OUT: ``<layer>.<site>`` -> float32 ``[rows, 2]`` (max, min per token
-row) and ``positions`` int64 ``[rows]``.
+token ids with ``max_tokens``, or ``embed``; and the folder of an ``adapter`` if asked), ``raw`` (also collect every
+site's tensor with plain forward hooks, without maxact's code). OUT: ``<layer>.<site>`` -> float32 ``[rows, 2]`` (max,
+min per token row) and ``positions`` int64 ``[rows]``.
 """
 
 from __future__ import annotations
@@ -191,10 +191,13 @@ def main(spec_path: str, out_path: str) -> None:
         llm.apply_model(raw.install)
     time.sleep(spec.get("idle_seconds", 0))
     for batch in spec["batches"]:
-        sampling = SamplingParams(temperature=0, max_tokens=batch["max_tokens"], ignore_eos=True, detokenize=False)
+        sampling = SamplingParams(temperature=0, max_tokens=batch.get("max_tokens"), ignore_eos=True, detokenize=False)
         prompts = [TokensPrompt(prompt_token_ids=ids) for ids in batch["prompts"]]
         adapter = LoRARequest("adapter", 1, batch["adapter"]) if "adapter" in batch else None
-        llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+        if batch.get("embed"):
+            llm.embed(prompts, use_tqdm=False)
+        else:
+            llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
         print("served a batch", flush=True)
         time.sleep(spec.get("pause_seconds", 0))
     time.sleep(spec.get("linger_seconds", 0))

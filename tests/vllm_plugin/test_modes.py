@@ -102,3 +102,11 @@ def write_adapter(folder: Path, model: Path) -> Path:
     settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "bias": "none", "target_modules": modules}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def test_a_pooling_model_is_served_unobserved_with_one_warning(engine_run: Callable[..., Run], smollm2: Path) -> None:
+    pooling = {"runner": "pooling", "convert": "embed", "skip_tokenizer_init": False}
+    run = serve(engine_run, smollm2, [{"prompts": [prompt(9)], "embed": True}], **pooling)
+    assert "served a batch" in run.log
+    assert run.log.count("maxact does not observe this engine: pooling models are not observed") == 1
+    assert not run.received.layouts
