@@ -178,8 +178,10 @@ def main(spec_path: str, out_path: str) -> None:
         let_artefacts_load()
     if spec.get("formats"):
         from maxact_proto import stats
+        from maxact_vllm import observe
 
-        stats.SAMPLE_EVERY = 1  # type: ignore[misc]  # what is compared is the arithmetic, not the draw
+        # What is compared is the arithmetic, not the draw.
+        stats.SAMPLE_EVERY = observe.DECODE_STEPS = 1  # type: ignore[misc]
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
