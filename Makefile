@@ -39,6 +39,7 @@ metrics-page: setup ## generate docs/metrics.md
 	$(BIN)/python scripts/metrics_page.py
 
 e2e-alert: setup ## from a prompt to a notification: vLLM, sidecar, Prometheus, Alertmanager, webhook
+	@$(PYTHON) scripts/bootstrap.py --servers
 	PYTHONPATH=. $(BIN)/python scripts/e2e_alert.py
 
 bench-overhead: setup ## cost of observing on this machine; ARGS= for benchmarks/bench_overhead.py

@@ -51,6 +51,8 @@ class Query:
     expr: str
     panel: dict[str, Any] | None = None
     """None for an annotation and a variable."""
+    instant: bool = False
+    """Asked for one moment, as tables are, not for a range."""
     label: str = ""
     """Whose values a variable offers: those that the series of ``expr`` have."""
 
@@ -70,7 +72,8 @@ def queries(dashboard: dict[str, Any]) -> Iterator[Query]:
     """Every expression of a dashboard: panels, annotations, variables."""
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
-            yield Query(f"{dashboard['uid']} / {panel['title']} / {target['refId']}", target["expr"], panel)
+            where = f"{dashboard['uid']} / {panel['title']} / {target['refId']}"
+            yield Query(where, target["expr"], panel, instant=target.get("instant", False))
     for annotation in dashboard["annotations"]["list"]:
         yield Query(f"{dashboard['uid']} / annotation {annotation['name']}", annotation["target"]["expr"])
     for variable in dashboard["templating"]["list"]:

@@ -61,11 +61,14 @@ def send_foreign_layout(address: str) -> None:
         list(stub.Stream(iter([message])))
 
 
-def send_scaled_window(address: str, sequence: int) -> None:
-    """A window of a tiny engine whose checkpoint carries a static scale, for the panels that show such scales."""
+def send_scaled_window(address: str, sequence: int, *, absmax: float = 10, nonfinite: int = 0) -> None:
+    """A window of a tiny engine whose checkpoint carries a static scale, for the panels that show such scales.
+
+    The scale represents magnitudes up to 100; ``nonfinite`` tokens are not finite.
+    """
     site = wire.Site(layer=0, name="mlp_input", width=64, sharded=False, limit=100.0)
     values = stats.empty(1)
-    values[stats.PREFILL, 0] = (10, -10, 64, 32, 0)
+    values[stats.PREFILL, 0] = (absmax, -absmax, 64 * absmax**2, 64 * absmax, nonfinite)
     window = wire.Window(
         layout_id=0,
         sequence=sequence,

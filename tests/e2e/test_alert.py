@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import watchers
+from e2e_alert import LEFT_OUT, PROVOKED
+from grafana.assets import ALERTS
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,4 +42,6 @@ def test_a_prompt_that_leaves_the_card_becomes_a_notification(result: dict[str, 
     answered, asked = result["queries_with_data"].split("/")
     assert answered == asked, result["stderr"]
     assert int(asked) > 90
+    assert set(PROVOKED) <= set(result["alerts"])
+    assert set(PROVOKED) | set(LEFT_OUT) == set(ALERTS), "an alert is neither provoked here nor said to be left out"
     assert result["ok"]
