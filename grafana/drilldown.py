@@ -182,9 +182,14 @@ def _exceeded() -> Any:
     )
     counters = ("maxact_headroom_windows_exceeded_total", "maxact_headroom_windows_total")
     exceeded, windows = (f"rate({select(name, 'site')}[$__rate_interval])" for name in counters)
-    most = f"topk({MOST_LINES}, {select(counters[0], 'site')} @ end())"
+    most = _most(select(counters[0], "site"))
     query = Query(expr=f"{exceeded} / {windows} and {most}", legend=f"{_NAME} {_CRITERION}")
     return lines(text, [query])
+
+
+def _most(counter: str) -> str:
+    """The series that grew most over the time shown."""
+    return f"topk({MOST_LINES}, increase({counter}[$__range] @ end()))"
 
 
 def _first_exceeded() -> Any:
@@ -243,8 +248,7 @@ def _lost() -> Any:
     applied = f"rate({select('maxact_scaled_elements_total', 'site')}[$__rate_interval])"
     queries = [
         Query(
-            expr=f"rate({select(name, 'site')}[$__rate_interval]) / {applied} "
-            f"and topk({MOST_LINES}, {select(name, 'site')} @ end())",
+            expr=f"rate({select(name, 'site')}[$__rate_interval]) / {applied} and {_most(select(name, 'site'))}",
             legend=f"{_NAME} {{{{phase}}}} {kind}",
         )
         for name, kind in kinds
@@ -260,7 +264,7 @@ def _nonfinite() -> Any:
         unit="cps",
     )
     counter = select("maxact_nonfinite_tokens_total", "site")
-    rate = f"rate({counter}[$__rate_interval]) and topk({MOST_LINES}, {counter} @ end())"
+    rate = f"rate({counter}[$__rate_interval]) and {_most(counter)}"
     return lines(text, [Query(expr=rate, legend=f"{_NAME} {{{{phase}}}}")])
 
 
@@ -317,7 +321,7 @@ def _rank_nonfinite() -> Any:
         unit="cps",
     )
     counter = select("maxact_rank_nonfinite_tokens_total", "site")
-    rate = f"rate({counter}[$__rate_interval]) and topk({MOST_LINES}, {counter} @ end())"
+    rate = f"rate({counter}[$__rate_interval]) and {_most(counter)}"
     return lines(text, [Query(expr=rate, legend=f"{_WORKER} {_NAME} {{{{phase}}}}")])
 
 
