@@ -7,7 +7,9 @@ COPY protos protos
 COPY vllm_plugin vllm_plugin
 COPY sidecar sidecar
 COPY calibration calibration
-RUN python -m venv /opt/maxact && /opt/maxact/bin/pip install --no-cache-dir '.[auth]'
+# No pip in it, and no compiled copies: they would be a third of the image, and starting without them takes a second more.
+RUN python -m venv --without-pip /opt/maxact \
+    && python -m pip --python /opt/maxact/bin/python install --no-cache-dir --no-compile '.[auth]'
 
 FROM python:3.12-slim-bookworm
 COPY --from=build /opt/maxact /opt/maxact

@@ -77,9 +77,18 @@ def test_what_the_dockerfiles_copy_is_enough_to_build_maxact(tmp_path: Path) -> 
     assert not [name for name in names if "node_modules" in name or "/src/" in name]
 
 
+def extra(name: str) -> list[Requirement]:
+    """What an extra of maxact adds."""
+    every = [Requirement(text) for text in importlib.metadata.distribution("maxact").requires or ()]
+    return [each for each in every if each.marker and each.marker.evaluate({"extra": name})]
+
+
 def test_the_sidecar_image_holds_no_torch_and_little_python() -> None:
+    dockerfile = (DEPLOY / "docker/sidecar.Dockerfile").read_text()
+    assert "--without-pip" in dockerfile
+    assert "--no-compile" in dockerfile, "compiled copies would have to be counted"
     sizes: dict[str, int] = {}
-    pending = ["maxact"]
+    pending = ["maxact", *(needed.name for needed in extra("auth"))]
     while pending:
         name = re.sub(r"[-_.]+", "-", pending.pop()).lower()
         if name in sizes:
@@ -243,17 +252,45 @@ def test_worker_and_sidecar_share_the_socket(monitored: dict[tuple[str, str], di
         assert {"name": "maxact", "mountPath": folder} in container["volumeMounts"]
 
 
+def test_what_is_for_the_native_sidecar_names_its_port_by_number(
+    monitored: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    """The names of an init container's ports are found by services from Kubernetes 1.33 on only."""
+    (port,) = monitored["Deployment", "vllm"]["spec"]["template"]["spec"]["initContainers"][0]["ports"]
+    (service,) = [each for each in monitored["Service", "vllm"]["spec"]["ports"] if each["name"] == port["name"]]
+    assert service["targetPort"] == port["containerPort"]
+    allowed = [each["port"] for rule in monitored["NetworkPolicy", "vllm"]["spec"]["ingress"] for each in rule["ports"]]
+    assert allowed == ["http", port["containerPort"]]
+
+
+def test_every_deployment_keeps_the_state(
+    compose: dict[str, Any], monitored: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    folder = "/var/lib/maxact"
+    (sidecar,) = monitored["Deployment", "vllm"]["spec"]["template"]["spec"]["initContainers"]
+    assert f"--state={folder}" in sidecar["args"]
+    assert {"name": "state", "mountPath": folder} in sidecar["volumeMounts"]
+    service = compose["services"]["sidecar"]
+    assert f"--state={folder}" in service["command"]
+    assert f"state:{folder}" in service["volumes"]
+    for path in (DEPLOY / "systemd").iterdir():
+        assert "maxact sidecar --state %S/maxact" in path.read_text()
+    assert "StateDirectory=maxact\n" in (DEPLOY / "systemd/maxact-sidecar.service").read_text()
+
+
 def test_monitors_select_the_pods_and_their_port(monitored: dict[tuple[str, str], dict[str, Any]]) -> None:
     deployment = monitored["Deployment", "vllm"]
     labels = deployment["spec"]["template"]["metadata"]["labels"].items()
     (port,) = deployment["spec"]["template"]["spec"]["initContainers"][0]["ports"]
     pods = monitored["PodMonitor", "maxact"]["spec"]
+    (asked,) = yaml.safe_load((ROOT / "grafana/prometheus.yml").read_bytes())["scrape_configs"]
     services = yaml.safe_load((DEPLOY / "kubernetes/monitoring/servicemonitor/servicemonitor.yaml").read_bytes())[
         "spec"
     ]
     for monitor, endpoints in ((pods, "podMetricsEndpoints"), (services, "endpoints")):
         assert monitor["selector"]["matchLabels"].items() <= labels
         assert [endpoint["port"] for endpoint in monitor[endpoints]] == [port["name"]]
+        assert [endpoint["params"] for endpoint in monitor[endpoints]] == [asked["params"]]
     assert port["name"] in {entry["name"] for entry in monitored["Service", "vllm"]["spec"]["ports"]}
 
 
@@ -277,7 +314,7 @@ def test_the_secured_overlay_is_a_configuration_that_works(tmp_path: Path) -> No
     assert {sidecar[f"{kind}Probe"]["httpGet"]["scheme"] for kind in ("startup", "liveness", "readiness")} == {"HTTPS"}
     mounts = {mount["name"]: mount["mountPath"] for mount in sidecar["volumeMounts"]}
     arguments = [
-        argument.replace(mounts["tls"], str(tmp_path)).replace(mounts["token"], str(tmp_path))
+        re.sub(f"{mounts['tls']}|{mounts['token']}|{mounts['state']}", str(tmp_path), argument)
         for argument in sidecar["args"]
     ]
     issued = trustme.CA().issue_cert(endpoint["tlsConfig"]["serverName"])
