@@ -304,6 +304,9 @@ def test_the_annotated_overlay_names_the_port_of_the_sidecar() -> None:
 def test_the_secured_overlay_is_a_configuration_that_works(tmp_path: Path) -> None:
     text = run_tool("kubectl", "kustomize", DEPLOY / "kubernetes/overlays/secured")
     resources = {(item["kind"], item["metadata"]["name"]): item for item in yaml.safe_load_all(text)}
+    policy = resources["NetworkPolicy", "vllm"]["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert [[each["port"] for each in rule["ports"]] for rule in policy["egress"]] == [[53, 53], [443]]
     pod = resources["Deployment", "vllm"]["spec"]["template"]["spec"]
     (sidecar,) = pod["initContainers"]
     secrets = {volume["name"]: volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume}
