@@ -44,9 +44,11 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from processes import Sidecar, free_port, wait_for
+from processes import Sidecar, wait_for
+from watchers import free_port
 
 from maxact_proto import stats, wire
 from maxact_proto.v1 import telemetry_pb2 as pb

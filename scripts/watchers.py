@@ -12,6 +12,7 @@ import http.server
 import json
 import os
 import queue
+import random
 import shutil
 import socket
 import subprocess
@@ -44,11 +45,16 @@ def missing_programs() -> list[str]:
 
 
 def free_port() -> int:
-    """A port nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port nobody listens on just now, below those that Linux hands out: one of those is soon somebody's own."""
+    while True:
+        port = _DRAWS.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+_DRAWS = random.SystemRandom()
+"""Not seeded: programs side by side must not draw the same."""
 
 
 def send_foreign_layout(address: str) -> None:

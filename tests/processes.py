@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from watchers import free_port
 from workers import Worker
 
 
@@ -82,19 +80,6 @@ class Sidecar:
 def program(name: str) -> Path:
     """A program of the environment that runs the tests."""
     return Path(sys.executable).with_name(name)
-
-
-def free_port() -> int:
-    """A port nobody listens on just now, below those that Linux hands out: one of those is soon somebody's own."""
-    while True:
-        port = _DRAWS.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-_DRAWS = random.SystemRandom()
-"""Not seeded: tests that run side by side must not draw the same."""
 
 
 def wait_for(condition: Any, seconds: float) -> None:

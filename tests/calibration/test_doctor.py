@@ -6,7 +6,8 @@ import os
 import re
 import subprocess
 
-from processes import Sidecar, free_port, program
+from processes import Sidecar, program
+from watchers import free_port
 from workers import MODEL
 
 from maxact_vllm import canary

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from processes import free_port, wait_for
+from processes import wait_for
+from watchers import free_port
 
 from maxact_calibration import serve
 

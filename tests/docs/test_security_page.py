@@ -13,7 +13,8 @@ from typing import Any
 
 import bcrypt
 import pytest
-from processes import free_port, program, wait_for
+from processes import program, wait_for
+from watchers import free_port
 from workers import layout, window
 
 from maxact_proto import wire

@@ -27,7 +27,8 @@ import trustme
 from certificates import install
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from processes import Sidecar, free_port, program, wait_for
+from processes import Sidecar, program, wait_for
+from watchers import free_port
 from workers import MODEL, SITES, layout, window
 
 from maxact_proto import wire

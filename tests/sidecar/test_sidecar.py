@@ -21,9 +21,10 @@ import grpc
 import httpx
 import numpy as np
 import pytest
-from processes import Sidecar, free_port, program, wait_for
+from processes import Sidecar, program, wait_for
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from watchers import free_port
 from workers import MODEL, SITES, Worker, layout, window
 
 from maxact_proto import stats

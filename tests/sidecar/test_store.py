@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from processes import Sidecar, free_port, program, wait_for
+from processes import Sidecar, program, wait_for
+from watchers import free_port
 from workers import MODEL, layout
 
 from maxact_proto import stats

@@ -139,7 +139,7 @@ def test_scales_of_the_kv_cache_are_read_from_the_attention_layer(
         def get_kv_cache_spec(self, vllm_config: Any) -> Any: ...
 
     monkeypatch.setattr(compat, "_tensor_parallel", lambda: (0, 1))
-    k, v = compat.cached(StandsForAttention())
+    k, v = compat.cached(StandsForAttention(), 1)
     assert (k.site, k.width, v.site, v.width) == ("k", 16, "v", 8)
     if qmax is None or smallest is None:
         assert k.scale is v.scale is None

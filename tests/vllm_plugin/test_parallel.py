@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from engines import ENVIRON, NATIVE, Run
-from processes import Sidecar, free_port, program, wait_for
+from processes import Sidecar, program, wait_for
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from watchers import free_port
 
 from maxact_proto import stats
 from maxact_sidecar import merge

@@ -196,10 +196,11 @@ def cache_replicas(block: Any) -> int:
     return max((getattr(inner, "num_kv_head_replicas", 1) for inner in block.modules()), default=1)
 
 
-def cached(module: Any, replicas: int = 1) -> list[Cached]:
+def cached(module: Any, replicas: int) -> list[Cached]:
     """What an attention layer caches: ``k`` and ``v``, or of a latent attention its one vector as ``k``.
 
-    vLLM 0.26-0.32. Nothing for other modules, and where the cache of an earlier layer is used.
+    vLLM 0.26-0.32. Nothing for other modules, where the cache of an earlier layer is used, and on a rank whose heads a
+    rank before it holds too; ``replicas``: of `cache_replicas`.
     """
     if not is_mixer(module) or not hasattr(module, "_k_scale"):
         return []

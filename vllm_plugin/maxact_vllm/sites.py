@@ -132,7 +132,8 @@ def _cache_taps(index: int, path: str, block: nn.Module) -> Iterator[Tap]:
     """What attention puts into the KV cache: keys and values, or the latent vector that both are made of."""
     replicas = cache_replicas(block)
     for name, inner in block.named_modules():
-        for each in cached(inner, replicas):
+        caches = cached(inner, replicas)
+        for each in caches:
             reads: Reads = "second argument" if each.site == "k" else "third argument"
             yield Tap(
                 layer=index,
@@ -144,7 +145,7 @@ def _cache_taps(index: int, path: str, block: nn.Module) -> Iterator[Tap]:
                 sharded=each.sharded,
                 scale=each.scale,
             )
-        if cached(inner):
+        if caches:
             return
 
 
