@@ -3,10 +3,11 @@
     python benchmarks/gpu_forms.py [--layers 36] [--batches 1,8,32,128,256] [--out F.jsonl]
 
 One CUDA graph per form and batch, replayed in turns; the figure is the median over rounds of (own time / base time of
-the same round). Forms: ``base`` none; ``base2`` none again (the noise); ``inline`` one kernel per layer over its five
-sites, in line; ``inline5`` one kernel per site, in line; ``join_gemm`` one kernel per layer on a parallel branch that
-is joined behind the next matrix product; ``join_layer`` joined one layer later; ``join_end`` joined at the graph's
-end.
+the same round). Forms: ``base`` none; ``base2`` none again (the noise); ``inline`` the kernel of `observe_gpu` once per
+layer over its five sites, in line; ``inline5`` once per site, in line; ``join_qkv`` once per layer on a parallel branch
+beside the next layer's first product, joined behind it; ``join_layer`` joined one layer later; ``join_end`` joined at
+the graph's end; ``join_gate`` and ``join_down`` in two branches, the other one beside that product; ``join_each`` in
+three, beside all of them.
 Last line: ``RESULT {"<form>": {"<batch>": percent over base, ...}, ...}``.
 """
 
@@ -19,75 +20,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+
+from maxact_proto import stats
+from maxact_vllm import observe_gpu
+from maxact_vllm.buffers import NUM_ROWS
+from maxact_vllm.observe import packed
 
 HIDDEN, QKV, INTERMEDIATE = 4096, 6144, 12288
-FORMS = ("base", "base2", "inline", "inline5", "join_gemm", "join_layer", "join_end")
+AT_QKV = {"qkv": ("normed", "residual", "attention", "mlp_in", "product")}
+FORMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "base": {},
+    "base2": {},
+    "inline": AT_QKV,
+    "inline5": AT_QKV,
+    "join_qkv": AT_QKV,
+    "join_layer": AT_QKV,
+    "join_end": AT_QKV,
+    "join_gate": {"gate_up": ("attention", "mlp_in", "residual"), "qkv": ("normed", "product")},
+    "join_down": {"down": ("attention", "mlp_in", "product"), "qkv": ("normed", "residual")},
+    "join_each": {"gate_up": ("attention", "mlp_in", "residual"), "down": ("product",), "qkv": ("normed",)},
+}
+"""Per form the sites of a layer that are read in front of a product."""
 
 
-@triton.jit
-def _reduce(x, rows, stride_stat, token, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    offsets = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    bottom = tl.full([BLOCK], float("inf"), tl.float32)
-    squares = tl.zeros([BLOCK], tl.float32)
-    magnitudes = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
-        here = start + offsets < width
-        value = tl.load(x + token * width + start + offsets, mask=here, other=0.0).to(tl.float32)
-        top = tl.maximum(top, tl.where(here, value, float("-inf")))
-        bottom = tl.minimum(bottom, tl.where(here, value, float("inf")))
-        squares += value * value
-        magnitudes += tl.abs(value)
-    tl.store(rows, tl.max(top, axis=0))
-    tl.store(rows + stride_stat, tl.min(bottom, axis=0))
-    tl.store(rows + 2 * stride_stat, tl.sum(squares, axis=0))
-    tl.store(rows + 3 * stride_stat, tl.sum(magnitudes, axis=0))
-
-
-@triton.jit
-def _observe5(a, b, c, d, e, rows, stride_stat, stride_site, width, wide, BLOCK: tl.constexpr):  # type: ignore
-    token = tl.program_id(0)
-    site = tl.program_id(1)
-    own = rows + site * stride_site + token
-    if site == 0:
-        _reduce(a, own, stride_stat, token, width, BLOCK)
-    elif site == 1:
-        _reduce(b, own, stride_stat, token, width, BLOCK)
-    elif site == 2:
-        _reduce(c, own, stride_stat, token, width, BLOCK)
-    elif site == 3:
-        _reduce(d, own, stride_stat, token, width, BLOCK)
-    else:
-        _reduce(e, own, stride_stat, token, wide, BLOCK)
-
-
-@triton.jit
-def _observe1(a, rows, stride_stat, width, BLOCK: tl.constexpr):  # type: ignore
-    token = tl.program_id(0)
-    _reduce(a, rows + token, stride_stat, token, width, BLOCK)
-
-
-def observe(tensors: list[Any], rows: Any) -> None:
-    """All five sites of a layer in one launch; ``rows`` float32 ``[4, 5, tokens]``."""
-    grid = (tensors[0].shape[0], len(tensors))
-    _observe5[grid](*tensors, rows, rows.stride(0), rows.stride(1), HIDDEN, INTERMEDIATE, BLOCK=4096, num_warps=8)
-
-
-def observe_each(tensors: list[Any], rows: Any) -> None:
-    """The same in five launches."""
-    for site, x in enumerate(tensors):
-        _observe1[(x.shape[0],)](x, rows[:, site], rows.stride(0), x.shape[1], BLOCK=4096, num_warps=8)
-
-
-@torch.compile(dynamic=False)
+@torch.compile(dynamic=True)
 def add_norm(x: Any, residual: Any) -> tuple[Any, Any]:
     total = x.float() + residual.float()
     return (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)).bfloat16(), total.bfloat16()
 
 
-@torch.compile(dynamic=False)
+@torch.compile(dynamic=True)
 def silu_mul(x: Any) -> Any:
     gate, up = x.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
@@ -96,51 +58,67 @@ def silu_mul(x: Any) -> Any:
 class Step:
     """One decode step in one form."""
 
-    def __init__(self, form: str, layers: list[list[Any]], batch: int) -> None:
+    def __init__(self, form: str, layers: list[list[Any]], batch: int, counting: bool) -> None:
         self._form = form
         self._layers = layers
         self._x = torch.randn(batch, HIDDEN, device="cuda").bfloat16()
-        self._rows = torch.zeros(len(layers), 4, 5, batch, device="cuda")
+        self._rows = torch.zeros(len(layers), 5, NUM_ROWS, batch, device="cuda")
+        self._histograms = torch.zeros(len(layers), 5, stats.NUM_BINS, dtype=torch.int64, device="cuda")
+        self._scales = torch.zeros(5, 2, device="cuda")
+        self._sampling = torch.tensor([packed(batch, 8 * batch, 0) if counting else 0], device="cuda")
         self._side = torch.cuda.Stream()
         self._kept: list[Any] = []
 
     def run(self) -> Any:
         main = torch.cuda.current_stream()
-        x, residual, kept = self._x, self._x, None
-        normed, residual = add_norm(x, residual)
+        x = residual = self._x
+        made: dict[str, Any] = {}
+        made["normed"], residual = add_norm(x, residual)
         for index, (qkv, o, gate_up, down) in enumerate(self._layers):
-            if kept is not None:
-                self._take(index - 1, [normed, residual, *kept], main)
-            attention = torch.mm(normed, qkv)[:, :HIDDEN].contiguous()
-            if self._form == "join_gemm" and kept is not None:
-                main.wait_stream(self._side)
-                self._kept.clear()
-            out = torch.mm(attention, o)
-            mlp_in, residual = add_norm(out, residual)
-            product = silu_mul(torch.mm(mlp_in, gate_up))
-            x = torch.mm(product, down)
-            normed, residual = add_norm(x, residual)
-            kept = [attention, mlp_in, product]
-        if self._form.startswith("join"):
-            main.wait_stream(self._side)
-            self._kept.clear()
-        return normed
+            made["residual"] = residual
+            if index:
+                self._take("qkv", index - 1, made, main)
+            made["attention"] = torch.mm(made["normed"], qkv)[:, :HIDDEN].contiguous()
+            self._join(main, "join_end", "join_layer")
+            made["mlp_in"], residual = add_norm(torch.mm(made["attention"], o), residual)
+            made["residual"] = residual
+            self._take("gate_up", index, made, main)
+            both = torch.mm(made["mlp_in"], gate_up)
+            self._join(main, "join_end", "join_layer")
+            made["product"] = silu_mul(both)
+            self._take("down", index, made, main)
+            x = torch.mm(made["product"], down)
+            self._join(main, "join_end", "join_layer")
+            made["normed"], residual = add_norm(x, residual)
+        self._join(main)
+        return made["normed"]
 
-    def _take(self, index: int, tensors: list[Any], main: Any) -> None:
-        if self._form.startswith("base"):
+    def _take(self, product: str, index: int, made: dict[str, Any], main: Any) -> None:
+        """Read the sites that this form reads in front of ``product``."""
+        tensors = [made[site] for site in FORMS[self._form].get(product, ())]
+        if not tensors:
             return
-        if self._form == "inline":
-            observe(tensors, self._rows[index])
-        elif self._form == "inline5":
-            observe_each(tensors, self._rows[index])
+        if self._form == "inline5":
+            for place, x in enumerate(tensors):
+                self._observe(index, [x], [place])
+        elif self._form == "inline":
+            self._observe(index, tensors, list(range(len(tensors))))
         else:
-            if self._form == "join_layer" and self._kept:
-                main.wait_stream(self._side)
-                self._kept.clear()
+            self._join(main, "join_end")
             self._side.wait_stream(main)
             with torch.cuda.stream(self._side):
-                observe(tensors, self._rows[index])
+                self._observe(index, tensors, list(range(len(tensors))))
             self._kept += tensors  # their memory may not be used again before the join
+
+    def _join(self, main: Any, *later: str) -> None:
+        """Wait for the branch, but in the forms of ``later``."""
+        if self._kept and self._form not in later:
+            main.wait_stream(self._side)
+            self._kept.clear()
+
+    def _observe(self, index: int, tensors: list[Any], sites: list[int]) -> None:
+        buffers = (self._rows[index], self._histograms[index], self._sampling, self._scales)
+        observe_gpu.observe(tensors, *buffers, sites)
 
     def capture(self) -> Any:
         warm = torch.cuda.Stream()
@@ -164,6 +142,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--batches", type=_sizes, default=[1, 8, 32, 128, 256])
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--counting", action="store_true", help="a row of every step goes into the histogram")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -171,7 +150,7 @@ def main() -> None:
     layers = [[torch.randn(*shape, device="cuda").bfloat16() * 0.01 for shape in shapes] for _ in range(args.layers)]
     result: dict[str, dict[str, float]] = {form: {} for form in FORMS}
     for batch in args.batches:
-        steps = {form: Step(form, layers, batch) for form in FORMS}
+        steps = {form: Step(form, layers, batch, args.counting) for form in FORMS}
         graphs = {form: step.capture() for form, step in steps.items()}
         times = _replay(graphs, args.rounds)
         for form in FORMS:

@@ -136,7 +136,7 @@ def test_a_group_is_read_at_its_last_site_and_an_output_before_a_norm_writes_ove
     ]
     taps.append(Tap(layer=0, name="attn_output", path="", module=model.attention, reads="output", width=8))
     taps = in_order(taps[::-1])
-    assert [tap.name for tap in taps] == ["o_proj_input", "down_proj_input", "attn_input", "attn_output"]
+    assert [tap.name for tap in taps] == ["o_proj_input", "attn_output", "down_proj_input", "attn_input"]
     buffers = allocate([None] * len(taps), 5, torch.device("cpu"))
     instrument(taps, buffers)
     block = buffers.block

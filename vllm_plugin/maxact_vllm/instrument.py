@@ -1,11 +1,11 @@
 """Hop 2/9: hooks on the modules of the served model, traced into its own graph, that hand each site to `observe`.
 
 A forward hook, registered after the weights are loaded and before the first forward, is traced by Dynamo like the
-model's own code. Sites are grouped by what lies between two attentions, which is also where vLLM splits a graph: from
-an output projection to the next layer's input projection. The hooks only collect the tensors of a group; at its last
-site one operation reads them all and writes one float per token and statistic into rows that were allocated before
-compilation. On a GPU that operation runs on a branch of the graph beside the matrix product that follows. What becomes
-of the rows is decided after the step, outside the graph (`fold`), where the real tokens are known.
+model's own code. Sites are grouped from one attention, where vLLM splits a graph, to the next: from its keys and values
+to the next layer's input projection. The hooks only collect the tensors of a group; at its last site one operation
+reads them all and writes one float per token and statistic into rows that were allocated before compilation. On a GPU
+that operation runs on a branch of the graph beside the matrix product that follows. What becomes of the rows is decided
+after the step, outside the graph (`fold`), where the real tokens are known.
 
 The rows are non-persistent buffers of a hooked module, so that a compiled artefact resolves them from the live model;
 each group's are a storage of their own, or functionalization would copy the whole block once per write; yet they lie in
@@ -27,10 +27,14 @@ from maxact_vllm import observe, ops
 from maxact_vllm.buffers import Buffers, own_storage
 from maxact_vllm.compat import StaticScale
 
-_AS_EXECUTED: Final = ("o_proj_input", "mlp_input", "down_proj_input", "hidden", "attn_input")
-"""Sites between two attentions in the order a forward meets them."""
-_CACHED: Final = ("k", "v")
-"""Sites in front of an attention, where vLLM splits a graph: nothing may be under way beyond it."""
+_AS_EXECUTED: Final = (
+    *("k", "v", "o_proj_input", "attn_output", "attn_post_norm"),
+    *("mlp_input", "mlp_gate", "down_proj_input", "mlp_output", "post_norm"),
+    *("hidden", "attn_input"),
+)
+"""Sites from one attention to the next in the order a forward meets them."""
+_NEVER_WRITTEN_OVER: Final = ("mlp_gate",)
+"""Outputs that nothing writes over: a copy of half a merged projection would be a real one."""
 
 Reads = Literal["input", "second argument", "third argument", "output", "residual", "sum"]
 _ARGUMENTS: Final = {"input": 0, "second argument": 1, "third argument": 2}
@@ -83,15 +87,9 @@ def instrument(taps: Sequence[Tap], buffers: Buffers) -> None:
 def _position(tap: Tap) -> tuple[int, str, int]:
     """Sort key: the stretch between two attentions, the group in it, the place in the group."""
     if tap.layer is None:
-        stretch = -1 if tap.name == "embedding" else 1 << 30
-    else:
-        stretch = tap.layer - (tap.name == "attn_input")
-    if tap.name in _CACHED:
-        return stretch, "cached", _CACHED.index(tap.name)
-    if tap.alone or tap.reads in ("output", "sum"):
-        # A norm may write over the output of a block: it cannot wait for the others.
-        return stretch, tap.name, 0
-    return stretch, "", _AS_EXECUTED.index(tap.name)
+        return (-1 if tap.name == "embedding" else 1 << 30), tap.name, 0
+    stretch = tap.layer - (tap.name == "attn_input")
+    return (stretch, tap.name, 0) if tap.alone else (stretch, "", _AS_EXECUTED.index(tap.name))
 
 
 def _hook_group(taps: Sequence[Tap], buffers: Mapping[str, torch.Tensor]) -> None:
@@ -101,7 +99,7 @@ def _hook_group(taps: Sequence[Tap], buffers: Mapping[str, torch.Tensor]) -> Non
         last.module.register_buffer(name, part, persistent=False)
     pending: Pending = []
     for index, tap in enumerate(taps):
-        _collect(tap, index, pending)
+        _collect(tap, index, pending, at_once=tap is last)
     if last.reads in ("output", "residual", "sum"):
         last.module.register_forward_hook(_observing(pending, names))
     elif buffers["rows"].is_cuda and last.reads == "input" and not last.alone:
@@ -111,8 +109,10 @@ def _hook_group(taps: Sequence[Tap], buffers: Mapping[str, torch.Tensor]) -> Non
         last.module.register_forward_pre_hook(_observing(pending, names))
 
 
-def _collect(tap: Tap, index: int, pending: Pending) -> None:
+def _collect(tap: Tap, index: int, pending: Pending, at_once: bool) -> None:
     argument = _ARGUMENTS.get(tap.reads)
+    # What a block returns, the norm behind it may write over: it is read from a copy, which Inductor finds to be none.
+    copied = tap.reads == "output" and tap.name not in _NEVER_WRITTEN_OVER and not at_once
 
     def keep(x: Any) -> None:
         if any(place == index for place, _ in pending):  # the last site of the group did not run
@@ -133,7 +133,8 @@ def _collect(tap: Tap, index: int, pending: Pending) -> None:
             keep(parts[0] + parts[1])
         else:
             x = given[-1] if output is None else parts[0]
-            keep(x[..., : tap.width] if x.shape[-1] > tap.width else x)
+            x = x[..., : tap.width] if x.shape[-1] > tap.width else x
+            keep(x.clone() if copied else x)
 
     if argument is not None:
         tap.module.register_forward_pre_hook(on_input, with_kwargs=True)

@@ -1,8 +1,8 @@
-"""Hop 2/9 on a GPU: the kernel of `observe`, one program per (token, site), launched twice.
+"""Hop 2/9 on a GPU: the kernel of `observe`, one program per (token, site).
 
-Once it reduces every row, once it counts the rows of the sample. In one launch the histogram's registers and shared
-memory slow all rows down: five sites of 2,000 rows took 96 us on an H100 instead of 57. Widths are constants of the
-kernel: its loops unroll, so that all loads of a row are under way at once, and 57 us became 40 (docs/performance.md).
+It reduces every row, and of a row of the sample counts every element by an atomic addition: that takes no register and
+no shared memory from the other rows, which Triton's histogram does, so both are one launch. Widths are constants of the
+kernel: its loops unroll, so that all loads of a row are under way at once (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import triton.language as tl
 from maxact_proto import stats
 from maxact_vllm import logger
 from maxact_vllm.buffers import NUM_ROWS
-from maxact_vllm.observe import MOST_ROWS, SAMPLING_BITS
+from maxact_vllm.observe import SAMPLING_BITS
 
 FIRST_BIN = tl.constexpr(2 * (127 + stats.LOWEST_OCTAVE))
 """Exponent and first bit of the mantissa where the first bin begins, as they stand in a float32."""
 FIELD_BITS = tl.constexpr(SAMPLING_BITS)
 FIELD = tl.constexpr((1 << SAMPLING_BITS) - 1)
 _BLOCK = 2048
-_BLOCK_OF_COUNTS = 4096
+_BLOCK_OF_COUNTS = 1024
+_WARPS = 8
 _failed: list[bool] = []
 """Holds something after the first failure."""
-_compiled: dict[tuple[bool, tuple[Any, ...]], Any] = {}
-"""Kernels by whether they count and by all that Triton specialized them on. Triton's own look at every argument of
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""Kernels by all that Triton specialized them on. Triton's own look at every argument of
 every launch holds the host up for longer than the kernel takes, and a large prefill, which no CUDA graph replays, is
 launched from there."""
 
@@ -72,26 +73,19 @@ def _reduce_row(  # type: ignore[no-untyped-def]
     if COUNTS:
         tl.store(out + 4 * stride_stat, tl.sum(saturated, axis=0))
         tl.store(out + 5 * stride_stat, tl.sum(zeroed, axis=0))
+    return total
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _count_row(  # type: ignore[no-untyped-def]
     x, WIDTH: tl.constexpr, histogram, weight, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):  # fmt: skip
-    column = tl.arange(0, BLOCK)
-    kept = tl.arange(0, 2 * BINS)
-    counts = tl.zeros([2 * BINS], tl.int32)
-    magnitudes = tl.zeros([BLOCK], tl.float32)
     for start in range(0, WIDTH, BLOCK):
-        here = start + column < WIDTH
-        value = tl.load(x + start + column, mask=here, other=0.0).to(tl.float32)
-        magnitudes += tl.abs(value)
+        column = start + tl.arange(0, BLOCK)
+        value = tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         place = tl.minimum(tl.maximum((bits >> 22) - FIRST_BIN, 0), BINS - 1)
-        # What lies behind the row is counted in bins that are not kept.
-        counts += tl.histogram(tl.where(here, place, BINS), 2 * BINS)
-    if tl.sum(magnitudes, axis=0) < float("inf"):
-        tl.atomic_add(histogram + kept, counts.to(tl.int64) * weight, mask=(kept < BINS) & (counts > 0))
+        tl.atomic_add(histogram + place, weight, mask=column < WIDTH, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tokens"])  # type: ignore[untyped-decorator, unused-ignore]
@@ -110,26 +104,24 @@ def _observe_kernel(  # type: ignore[no-untyped-def]
     NUM: tl.constexpr,
     BINS: tl.constexpr,
     COUNTS: tl.constexpr,
-    COUNTING: tl.constexpr,  # the rows of the sample into the histograms, or else all rows into rows
     BLOCK: tl.constexpr,
+    BLOCK_OF_COUNTS: tl.constexpr,
 ):
     which = tl.program_id(0) % NUM
-    token = tl.full([], 0, tl.int64) + tl.program_id(0) // NUM
-    weight = tl.full([], 0, tl.int64)
-    if COUNTING:
-        packed = tl.load(sampling)
-        weight = (packed >> FIELD_BITS) & FIELD
-        token = (packed & FIELD) + token * weight
-        num_tokens = tl.minimum(packed >> 2 * FIELD_BITS, num_tokens)
-    if token < num_tokens:
-        for index in tl.static_range(NUM):
-            if which == index:
-                x = tensors[index] + token * STRIDES[index]
-                if COUNTING:
-                    _count_row(x, WIDTHS[index], histograms + SITES[index] * BINS, weight, BLOCK, BINS)
-                else:
-                    out = rows + SITES[index] * STRIDE_SITE + token
-                    _reduce_row(x, WIDTHS[index], out, STRIDE_STAT, scales + 2 * SITES[index], BLOCK, COUNTS)
+    row = tl.program_id(0) // NUM
+    token = row.to(tl.int64)
+    packed = tl.load(sampling)
+    weight = (packed >> FIELD_BITS) & FIELD
+    ahead = row - (packed & FIELD).to(tl.int32)
+    last = (packed >> 2 * FIELD_BITS).to(tl.int32)
+    counted = (row < last) & (ahead >= 0) & (ahead % tl.maximum(weight.to(tl.int32), 1) == 0)
+    for index in tl.static_range(NUM):
+        if which == index:
+            x = tensors[index] + token * STRIDES[index]
+            out = rows + SITES[index] * STRIDE_SITE + token
+            total = _reduce_row(x, WIDTHS[index], out, STRIDE_STAT, scales + 2 * SITES[index], BLOCK, COUNTS)
+            if counted & (total < float("inf")):
+                _count_row(x, WIDTHS[index], histograms + SITES[index] * BINS, weight, BLOCK_OF_COUNTS, BINS)
 
 
 def observe(
@@ -168,19 +160,16 @@ def _launch(
     operands = (tuple(tensors), rows, histograms, sampling, scales, num_tokens)
     strides, widths = tuple(x.stride(0) for x in tensors), tuple(x.shape[1] for x in tensors)
     shape = (strides, widths, tuple(sites), rows.stride(0), rows.stride(1), len(tensors))
-    constants = (*shape, stats.NUM_BINS, rows.shape[1] > NUM_ROWS)
+    constants = (*shape, stats.NUM_BINS, rows.shape[1] > NUM_ROWS, _BLOCK, _BLOCK_OF_COUNTS)
     aligned = tuple(x.data_ptr() % 16 == 0 for x in (*tensors, rows, histograms, sampling, scales))
     kind = (constants, aligned, tuple(x.dtype for x in tensors))
     stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else None
-    for counting, num_rows in ((False, num_tokens), (True, MOST_ROWS)):
-        grid = (num_rows * len(tensors), 1, 1)
-        variant = (counting, _BLOCK_OF_COUNTS if counting else _BLOCK)
-        compiled = _compiled.get((counting, kind))
-        if compiled:
-            compiled[grid](*operands, *constants, *variant, stream=stream)
-        else:
-            compiled = _observe_kernel[grid](*operands, *constants, *variant, num_warps=8 if counting else 4)
-            _compiled[counting, kind] = compiled
+    compiled = _compiled.get(kind)
+    if compiled:
+        compiled[num_tokens * len(tensors), 1, 1](*operands, *constants, stream=stream)
+    else:
+        grid = (num_tokens * len(tensors), 1, 1)
+        _compiled[kind] = _observe_kernel[grid](*operands, *constants, num_warps=_WARPS)
 
 
 def fork(
