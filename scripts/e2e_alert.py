@@ -89,15 +89,16 @@ def run(folder: Path, stack: ExitStack) -> dict[str, Any]:
     serve(folder, stack, api=api, page=page, receiver=receiver)
     prometheus = stack.enter_context(watchers.run_prometheus(folder, target=page, alertmanager=alertmanager))
     watchers.send_foreign_layout(receiver)
-    show_scaled(receiver, prometheus)
+    scaled = Scaled(receiver)
+    within(60, "a site with a static scale in Prometheus", lambda: scaled.seen(prometheus))
     calibrate(api, page, prometheus)
     say("prompts of other kinds")
     times = provoke(api, page, prometheus, webhook)
     say("every query and rule is asked")
-    num_queries, empty = ask_everything(prometheus)
+    num_queries, empty = ask_everything(prometheus, scaled)
     rules = prometheus.rules()
     broken = [f"{rule['name']}: {rule.get('lastError')}" for rule in rules if rule["health"] != "ok"]
-    fired = strain(receiver, prometheus, webhook)
+    fired = strain(scaled, webhook)
     for problem in (
         *(f"no data: {where}" for where in empty),
         *broken,
@@ -137,16 +138,22 @@ def serve(folder: Path, stack: ExitStack, *, api: str, page: str, receiver: str)
     stack.enter_context(running)
 
 
-def show_scaled(receiver: str, prometheus: watchers.Prometheus) -> None:
-    """Send windows of a model with a static scale until Prometheus has one: a busy machine misses scrapes."""
-    numbers = itertools.count(1)
+class Scaled:
+    """A worker of a model with a static scale, which is none of vLLM's: this machine has no such model."""
 
-    def seen() -> bool:
-        watchers.send_scaled_window(receiver, next(numbers))
+    def __init__(self, receiver: str) -> None:
+        self._receiver = receiver
+        self._numbers = itertools.count(1)
+
+    def send(self, *, absmax: float = 10, nonfinite: int = 0) -> None:
+        """One window, and time for a scrape and an evaluation."""
+        watchers.send_scaled_window(self._receiver, next(self._numbers), absmax=absmax, nonfinite=nonfinite)
         time.sleep(1)
-        return bool(prometheus.query("maxact_saturation_ratio"))
 
-    within(60, "a site with a static scale in Prometheus", seen)
+    def seen(self, prometheus: watchers.Prometheus) -> bool:
+        """Send until Prometheus has one: a busy machine misses scrapes."""
+        self.send()
+        return bool(prometheus.query("maxact_saturation_ratio"))
 
 
 def calibrate(api: str, page: str, prometheus: watchers.Prometheus) -> None:
@@ -210,17 +217,15 @@ def time_of_flag(page: str, answered: Future[float]) -> float | None:
     return time.monotonic()
 
 
-def strain(receiver: str, prometheus: watchers.Prometheus, webhook: watchers.Webhook) -> set[str]:
-    """Raise what no prompt raises, with windows of a worker that is none of vLLM's; names of all that were notified."""
+def strain(scaled: Scaled, webhook: watchers.Webhook) -> set[str]:
+    """Raise what no prompt raises; names of all that were notified."""
     say("a worker saturates, overflows fp16 and has a NaN")
-    numbers = itertools.count(1000)
 
     def notified() -> set[str]:
         return {alert["labels"]["alertname"] for alert in webhook.received if alert["status"] == "firing"}
 
     def seen() -> bool:
-        watchers.send_scaled_window(receiver, next(numbers), absmax=1e5, nonfinite=1)
-        time.sleep(1)
+        scaled.send(absmax=1e5, nonfinite=1)
         return notified() >= PROVOKED
 
     seconds_until(seen, since=time.monotonic(), limit=60)
@@ -263,15 +268,22 @@ def within(limit: float, what: str, condition: Callable[[], object], *, since: f
     return seconds
 
 
-def ask_everything(prometheus: watchers.Prometheus) -> tuple[int, list[str]]:
+def ask_everything(prometheus: watchers.Prometheus, scaled: Scaled) -> tuple[int, list[str]]:
     """How many queries and recorded series there are, and those without data: a table now, the rest since the start of
-    this Prometheus."""
+    this Prometheus. For half a minute windows with a static scale go on: the sidecar lets go of an idle worker's."""
     questions = {query.where: (query.runnable, query.instant) for query in all_queries()}
     questions |= {name: (name, False) for name in RECORDED}
-    empty = []
-    for where, (expr, instant) in questions.items():
-        if not (prometheus.query(expr) if instant else prometheus.query_range(expr)):
-            empty.append(where)
+    empty = list(questions)
+
+    def answered() -> bool:
+        scaled.send()
+        for where in empty.copy():
+            expr, instant = questions[where]
+            if prometheus.query(expr) if instant else prometheus.query_range(expr):
+                empty.remove(where)
+        return not empty
+
+    seconds_until(answered, since=time.monotonic(), limit=30)
     return len(questions), empty
 
 
