@@ -17,7 +17,7 @@ demo: setup ## serve SmolLM2, calibrate, provoke flags; ONCE=1 checks itself; MO
 
 test: setup check ## format, lint, types, protocol and all tests; TESTS= and ARGS= narrow pytest down, JOBS= files at a time
 	@$(PYTHON) scripts/bootstrap.py --servers
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 20 $(ARGS) $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 $(ARGS) $(TESTS)
 
 check: setup ## format, lint, types and protocol only
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -30,6 +31,8 @@ def sites(
 
     Example: maxact sites Qwen/Qwen3-8B
     """
+    if model.startswith(("/", "./", "../")) and not Path(model).is_dir():
+        fail(f"{model}: no such folder")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     taps, missing = _find(model)
     _print(model, taps, missing, each)

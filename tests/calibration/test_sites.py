@@ -49,8 +49,14 @@ def test_a_model_without_layers_would_be_served_unobserved(bare: Path, tmp_path:
     assert "it would be served unobserved" in done.stderr
 
 
-def test_a_model_that_is_not_there_is_one_line() -> None:
+def test_a_folder_that_is_not_there_is_one_line() -> None:
     done = run("/no/such/folder")
     assert done.returncode == 2
-    assert "error: /no/such/folder: vLLM cannot build it: " in done.stderr
+    assert done.stderr == "error: /no/such/folder: no such folder\n"
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
+    done = run(str(tmp_path))
+    assert done.returncode == 2
+    assert f"error: {tmp_path}: vLLM cannot build it: " in done.stderr
     assert "Traceback" not in done.stderr

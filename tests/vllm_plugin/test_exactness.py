@@ -33,7 +33,8 @@ BATCHES = [
 ]
 TOKENS = [len(LENGTHS) + 8, sum(LENGTHS) - len(LENGTHS) + 8 * 15, 8 * (DECODED - 1)]
 
-EVERY_ROW = [{"prompts": prompts([1], 3), "max_tokens": 250}]
+NUM_ROWS = 120
+EVERY_ROW = [{"prompts": prompts([1], 3), "max_tokens": NUM_ROWS}]
 """Steps of one row each: `run_engine` has all of them counted in the histogram."""
 
 SHORT = [{"prompts": prompts([5, 33, 64, 100], 2), "max_tokens": 1}]
@@ -145,7 +146,7 @@ class Costs:
 def costs(counted: Run, name: str) -> Costs:
     number = FORMATS[name]
     histogram, total = counted.received.histogram(), counted.received.total()
-    assert (histogram.sum(axis=-1) == 250 * counted.received.widths()).all(), "every element is counted once"
+    assert (histogram.sum(axis=-1) == NUM_ROWS * counted.received.widths()).all(), "every element is counted once"
     absmax = stats.absmax(total).max(axis=0)
     energy = total[..., stats.SUM_SQUARES].sum(axis=0)
     sites = counted.received.sites()
