@@ -230,7 +230,7 @@ def measure_fleet(seconds: float) -> dict[str, float]:
     """64 engines x 8 ranks x 1,000 sites at 1 Hz."""
     with tempfile.TemporaryDirectory() as state, _sidecar("--state", state) as sidecar:
         load = _start_load(sidecar.grpc, engines=64, ranks=8, num_sites=1000, interval=1.0, seconds=seconds + 10)
-        wait_for(lambda: _metric(sidecar, "maxact_engines") == 64, 60)
+        wait_for(lambda: _engines(sidecar) == 64, 60)
         time.sleep(5)
         started, before, memory = time.monotonic(), _cpu_seconds(sidecar.pid), [_rss_mib(sidecar.pid)]
         while time.monotonic() < started + seconds:
@@ -268,9 +268,9 @@ def _rss_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def _metric(sidecar: Sidecar, name: str) -> float:
-    lines = httpx.get(f"{sidecar.url}/metrics", timeout=30).text.splitlines()
-    return next((float(line.split()[-1]) for line in lines if line.startswith(f"{name} ")), 0.0)
+def _engines(sidecar: Sidecar) -> int:
+    models = httpx.get(f"{sidecar.url}/api/v1/models", timeout=30).raise_for_status().json()
+    return sum(len(model["engines"]) for model in models)
 
 
 def _start_load(address: str, **load: float) -> subprocess.Popen[str]:

@@ -161,7 +161,7 @@ async def _remember(fleet: Fleet, store: Store | None, *, all_windows: bool = Fa
         engines, loaded = fleet.engines, [card for card in fleet.cards if not card.configured]
 
         def write() -> None:
-            store.save({key: each.memory() for key, each in engines.items()}, loaded, all_windows=all_windows)
+            store.save(((key, each.memory()) for key, each in engines.items()), loaded, all_windows=all_windows)
 
         await asyncio.to_thread(write)
 

@@ -17,7 +17,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -179,10 +179,11 @@ class Store:
         return list(self._cards)
 
     def save(
-        self, engines: Mapping[EngineKey, Memory], cards: Sequence[LoadedCard], *, all_windows: bool = False
+        self, engines: Iterable[tuple[EngineKey, Memory]], cards: Sequence[LoadedCard], *, all_windows: bool = False
     ) -> None:
         """Write what changed. Raises nothing: what was not written is tried again by the next call.
 
+        ``engines``: asked for one after another, so that the memories of a fleet need not be there all at once;
         ``all_windows``: also numbers of windows that grew by little.
         """
         try:
@@ -212,11 +213,13 @@ class Store:
             self._engines, self._cards = {}, []
             self._connection = self._open()
 
-    def _write(self, engines: Mapping[EngineKey, Memory], cards: Sequence[LoadedCard], all_windows: bool) -> None:
+    def _write(
+        self, engines: Iterable[tuple[EngineKey, Memory]], cards: Sequence[LoadedCard], all_windows: bool
+    ) -> None:
         marks: list[tuple[Any, ...]] = []
         flags: list[tuple[Any, ...]] = []
         written: dict[EngineKey, Memory] = {}
-        for engine, memory in engines.items():
+        for engine, memory in engines:
             before = self._engines.get(engine) or empty_memory((), memory.criteria)
             changed = _changed(memory, before, all_windows)
             marks += _mark_rows(engine, memory, before)
@@ -339,7 +342,8 @@ def _changed(memory: Memory, before: Memory, all_windows: bool) -> npt.NDArray[n
     """``[M, S]``: flags whose row is to be written."""
     new = memory.flags
     changed: npt.NDArray[np.bool_] = new["first_exceeded"] > 0
-    if not (known := _shared(memory, before)):
+    known = _shared(memory, before)
+    if not known or not changed.any():
         return changed
     head, old = new[:, :known], before.flags[:, :known]
     moved = head["last_exceeded"] - old["last_exceeded"] >= _LAST_EXCEEDED_SECONDS
@@ -358,10 +362,9 @@ def _shared(memory: Memory, before: Memory) -> int:
 
 
 def _as_written(memory: Memory, before: Memory, changed: npt.NDArray[np.bool_]) -> Memory:
-    """``memory`` with the flags that are in the file, where they were not worth writing."""
+    """``memory`` with the flags that are in the file, where they were not worth writing; its own are written over."""
     if not (known := _shared(memory, before)):
         return memory
-    flags = memory.flags.copy()
     kept = ~changed[:, :known]
-    flags[:, :known][kept] = before.flags[:, :known][kept]
-    return Memory(criteria=memory.criteria, keys=memory.keys, high_water=memory.high_water, flags=flags)
+    memory.flags[:, :known][kept] = before.flags[:, :known][kept]
+    return memory

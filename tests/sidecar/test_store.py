@@ -55,7 +55,7 @@ def reloaded(folder: Path) -> dict[tuple[str, str], Memory]:
 
 def test_marks_and_flags_come_back_bit_for_bit(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        store.save({ENGINE: memory(6e4)}, [])
+        store.save({ENGINE: memory(6e4)}.items(), [])
     back = reloaded(tmp_path)[ENGINE]
     order = [back.keys.index(key) for key in KEYS]
     assert back.high_water[:, order].tobytes() == memory(6e4).high_water.tobytes()
@@ -68,33 +68,33 @@ def test_marks_and_flags_come_back_bit_for_bit(tmp_path: Path) -> None:
 def test_a_mark_never_falls_on_disk_either(tmp_path: Path) -> None:
     for peak in (9.0, 3.0):
         with opened(tmp_path) as store:
-            store.save({ENGINE: memory(peak)}, [])
+            store.save({ENGINE: memory(peak)}.items(), [])
     back = reloaded(tmp_path)[ENGINE]
     assert back.high_water[stats.PREFILL, back.keys.index((0, "hidden"))] == 9.0
 
 
 def test_only_what_changed_is_written(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        store.save({ENGINE: memory(6e4)}, [])
+        store.save({ENGINE: memory(6e4)}.items(), [])
         before = store._connection.total_changes
-        store.save({ENGINE: memory(6e4, last_exceeded=1e9 + 5)}, [])
+        store.save({ENGINE: memory(6e4, last_exceeded=1e9 + 5)}.items(), [])
         assert store._connection.total_changes == before
-        store.save({ENGINE: memory(6e4, last_exceeded=1e9 + 11)}, [])
+        store.save({ENGINE: memory(6e4, last_exceeded=1e9 + 11)}.items(), [])
         assert store._connection.total_changes == before + 1
-        store.save({ENGINE: memory(7e4, last_exceeded=1e9 + 11)}, [])
+        store.save({ENGINE: memory(7e4, last_exceeded=1e9 + 11)}.items(), [])
         assert store._connection.total_changes == before + 3
 
 
 def test_windows_of_a_flag_that_is_not_exceeded_are_written_now_and_then_and_at_the_end(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        store.save({ENGINE: memory(6e4)}, [])
+        store.save({ENGINE: memory(6e4)}.items(), [])
         before = store._connection.total_changes
-        store.save({ENGINE: memory(6e4, windows=1159)}, [])
+        store.save({ENGINE: memory(6e4, windows=1159)}.items(), [])
         assert store._connection.total_changes == before
-        store.save({ENGINE: memory(6e4, windows=1160)}, [])
-        store.save({ENGINE: memory(6e4, windows=1161)}, [])
+        store.save({ENGINE: memory(6e4, windows=1160)}.items(), [])
+        store.save({ENGINE: memory(6e4, windows=1161)}.items(), [])
         assert store._connection.total_changes == before + 1
-        store.save({ENGINE: memory(6e4, windows=1161)}, [], all_windows=True)
+        store.save({ENGINE: memory(6e4, windows=1161)}.items(), [], all_windows=True)
     back = reloaded(tmp_path)[ENGINE]
     assert back.flags["windows"].max() == 1161
 
@@ -164,14 +164,14 @@ def test_a_migrated_flag_goes_on_in_a_running_sidecar(tmp_path: Path) -> None:
 
 def test_an_engine_that_was_there_before_is_judged_by_other_formats_from_now_on(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
-        store.save({ENGINE: memory(6e4)}, [])
+        store.save({ENGINE: memory(6e4)}.items(), [])
     with opened(tmp_path) as store:
         [before] = store.load_engines(NOW).values()
         judged = criteria(["nvfp4", "int4"])
         now = recall(before, KEYS, judged)
         flag = now.flags[judged.index(Criterion("resolution", "nvfp4")), 0:1]
         flag["first_exceeded"], flag["absmax"] = 7.0, 2.0
-        store.save({ENGINE: now}, [])
+        store.save({ENGINE: now}.items(), [])
     back = reloaded(tmp_path)[ENGINE]
     exceeded = {(each.criterion, back.keys[each.site]): each for each in list_flags(back.flags, back.criteria)}
     assert set(exceeded) == {
@@ -217,7 +217,7 @@ def test_a_database_of_another_program_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("where", ["head", "middle"])
 def test_a_damaged_file_is_kept_and_a_new_one_begun(tmp_path: Path, where: str) -> None:
     with opened(tmp_path) as store:
-        store.save({(MODEL, str(engine)): memory(5.0) for engine in range(200)}, [])
+        store.save({(MODEL, str(engine)): memory(5.0) for engine in range(200)}.items(), [])
     size = (tmp_path / FILE).stat().st_size
     with (tmp_path / FILE).open("r+b") as file:
         file.seek(0 if where == "head" else size // 2)
@@ -230,7 +230,7 @@ def test_a_damaged_file_is_kept_and_a_new_one_begun(tmp_path: Path, where: str) 
 @pytest.mark.parametrize("how", ["deleted", "damaged"])
 def test_a_file_lost_under_a_running_sidecar_is_written_anew(tmp_path: Path, how: str) -> None:
     with opened(tmp_path) as store:
-        store.save({ENGINE: memory(5.0)}, [])
+        store.save({ENGINE: memory(5.0)}.items(), [])
         if how == "deleted":
             (tmp_path / FILE).unlink()
         else:
@@ -238,7 +238,7 @@ def test_a_file_lost_under_a_running_sidecar_is_written_anew(tmp_path: Path, how
             with (tmp_path / FILE).open("r+b") as file:
                 file.write(b"\x5a" * 100_000)
         for peak in (6.0, 7.0, 8.0):
-            store.save({ENGINE: memory(peak)}, [])
+            store.save({ENGINE: memory(peak)}.items(), [])
     back = reloaded(tmp_path)[ENGINE]
     assert back.high_water[stats.PREFILL, back.keys.index((None, "embedding"))] == np.float32(0.1)
     assert len(list(tmp_path.glob(f"{FILE}.damaged-*"))) == (how == "damaged")
