@@ -29,9 +29,8 @@ _WARPS = 8
 _failed: list[bool] = []
 """Holds something after the first failure."""
 _compiled: dict[tuple[Any, ...], Any] = {}
-"""Kernels by all that Triton specialized them on. Triton's own look at every argument of
-every launch holds the host up for longer than the kernel takes, and a large prefill, which no CUDA graph replays, is
-launched from there."""
+"""Kernels by all that Triton specialized them on. Triton's own look at every argument of every launch holds the host up
+for longer than the kernel takes, and a large prefill, which no CUDA graph replays, is launched from there."""
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -88,14 +87,13 @@ def _count_row(  # type: ignore[no-untyped-def]
         tl.atomic_add(histogram + place, weight, mask=column < WIDTH, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_tokens"])  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _observe_kernel(  # type: ignore[no-untyped-def]
     tensors,  # tuple of [num_tokens, width], rows contiguous
     rows,  # float32 [sites, 4 or 6, padded]
     histograms,  # int64 [sites, BINS]
     sampling,  # int64 [1]
     scales,  # float32 [sites, 2]
-    num_tokens,
     STRIDES: tl.constexpr,  # of the rows of each tensor
     WIDTHS: tl.constexpr,
     SITES: tl.constexpr,  # where in rows, histograms and scales
@@ -157,18 +155,18 @@ def _launch(
         raise ValueError(f"sites of one group differ in tokens: {[x.shape[0] for x in tensors]}")
     if num_tokens == 0:
         return
-    operands = (tuple(tensors), rows, histograms, sampling, scales, num_tokens)
+    operands = (tuple(tensors), rows, histograms, sampling, scales)
     strides, widths = tuple(x.stride(0) for x in tensors), tuple(x.shape[1] for x in tensors)
     shape = (strides, widths, tuple(sites), rows.stride(0), rows.stride(1), len(tensors))
     constants = (*shape, stats.NUM_BINS, rows.shape[1] > NUM_ROWS, _BLOCK, _BLOCK_OF_COUNTS)
     aligned = tuple(x.data_ptr() % 16 == 0 for x in (*tensors, rows, histograms, sampling, scales))
     kind = (constants, aligned, tuple(x.dtype for x in tensors))
     stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else None
+    grid = (num_tokens * len(tensors), 1, 1)
     compiled = _compiled.get(kind)
     if compiled:
-        compiled[num_tokens * len(tensors), 1, 1](*operands, *constants, stream=stream)
+        compiled[grid](*operands, *constants, stream=stream)
     else:
-        grid = (num_tokens * len(tensors), 1, 1)
         _compiled[kind] = _observe_kernel[grid](*operands, *constants, num_warps=_WARPS)
 
 
