@@ -67,7 +67,9 @@ class Model:
 
 def closing(model: Model, windows: list[wire.Window]) -> Flusher:
     """A flusher of the model's windows, running."""
-    sites = tuple(wire.Site(index, "hidden", 1, sharded=False) for index in range(model.buffers.block.shape[1]))
+    sites = tuple(
+        wire.Site(layer=index, name="hidden", width=1, sharded=False) for index in range(model.buffers.block.shape[1])
+    )
     layout = wire.Layout(model="m", engine="0", instance="i", sites=sites, interval_seconds=0.005)
     flusher = Flusher(model.folder.accumulators, model.buffers.histograms, layout, windows.append)
     flusher.start()
