@@ -4,11 +4,15 @@
 
 Columns: ``base`` and ``base2`` are the same engine twice (the difference between the two is the noise of the method),
 ``serving``/``paper``/``all`` observe that preset and stream to a receiver on loopback, ``eager`` is vLLM without
-torch.compile and CUDA graphs. All engines live side by side, so that clocks, thermals and neighbours are shared; in
-every round each column runs the same requests, in an order that is turned by one from round to round.
+torch.compile and CUDA graphs. All engines live side by side and answer the same requests at the same time, a few steps
+each in turn (``--turn``), in an order that is turned by one every time: so a neighbour on the machine, its clocks and
+its heat meet all columns alike. The first two steps of a turn are left out: they find the caches full of another
+engine, and under async scheduling its last step still on the GPU.
 
-The figure of a column is the median over rounds of (its median decode step / base's median decode step of that round);
-its spread is the interquartile range of these ratios. Prefill is seconds per batch of 8 long prompts.
+The figure of a column is the median of the ratios (its seconds of a turn / base's seconds of the same turn); beside it
+stand their interquartile range and the 95 % confidence interval of the median. A turn of prefill is one long prompt.
+
+Flushing happens once a second on a thread of its own, which no median sees: its share of one core is given by itself.
 
 Last line: ``RESULT {"serving_overhead_pct": .., "all_overhead_pct": .., "eager_overhead_pct": .., "noise_pct": ..}``:
 the worst batch of each column, decode and prefill, in percent over base; keys only for columns that ran.
@@ -18,17 +22,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 PRESETS = ("serving", "paper", "all")
+STARTED = time.monotonic()
 
 
 def main() -> None:
@@ -51,6 +58,7 @@ def main() -> None:
         rows += _report(_prefill(engines, args), args.out)
         for column, listening in receivers.items():
             print(json.dumps({"kind": "observed", "column": column, **_observed(listening.receiver)}), flush=True)
+        print(json.dumps({"kind": "background", "core_pct_per_engine": _background(len(receivers))}), flush=True)
     print("RESULT " + json.dumps(_result(rows, args.columns)), flush=True)
     os._exit(0)  # engines of one process take long to tear down, and nothing is left to save
 
@@ -62,10 +70,13 @@ def _parse() -> argparse.Namespace:
         "--columns", type=lambda text: text.split(","), default=["base", "serving", "base2", "all", "eager"]
     )
     parser.add_argument("--batches", type=lambda text: [int(size) for size in text.split(",")], default=[1, 8, 32])
-    parser.add_argument("--steps", type=int, default=64, help="decode steps per turn")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=64, help="decode steps of a round")
+    parser.add_argument("--turn", type=int, default=8, help="steps of one engine before the next one's")
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="for each batch and for prefill; three rounds at least"
+    )
     parser.add_argument("--prompt", type=int, default=16, help="prompt tokens of decode batches")
-    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the 8 prefill prompts")
+    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of a prefill")
     parser.add_argument("--memory", type=float, default=None, help="gpu_memory_utilization of each engine, on a GPU")
     parser.add_argument("--dummy", action="store_true", help="random weights (shapes only)")
     parser.add_argument("--capture-sizes", type=lambda text: [int(size) for size in text.split(",")], default=None)
@@ -101,6 +112,13 @@ def _observed(receiver: Any) -> dict[str, int]:
     return seen
 
 
+def _background(engines: int) -> float:
+    """CPU time of maxact's threads, those that close windows and those that send them, in percent of a core."""
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("maxact-")]
+    seconds = sum(time.clock_gettime(time.pthread_getcpuclockid(thread.ident)) for thread in ours if thread.ident)
+    return round(100 * seconds / (time.monotonic() - STARTED) / max(engines, 1), 2)
+
+
 def _engine(column: str, args: argparse.Namespace, listening: Any) -> Any:
     from vllm import LLM
 
@@ -129,8 +147,8 @@ def _engine(column: str, args: argparse.Namespace, listening: Any) -> Any:
     return engine
 
 
-def _turn(engine: Any, batch: int, prompt: int, steps: int, seed: int) -> list[float]:
-    """Seconds of every engine step while ``batch`` requests run to their end."""
+def _add(engine: Any, batch: int, prompt: int, steps: int, seed: int) -> None:
+    """``batch`` requests that the engine answers with ``steps`` tokens each."""
     from vllm import SamplingParams, TokensPrompt
 
     draw = random.Random(seed)
@@ -139,9 +157,13 @@ def _turn(engine: Any, batch: int, prompt: int, steps: int, seed: int) -> list[f
     for index in range(batch):
         tokens = [draw.randrange(10, vocabulary - 10) for _ in range(prompt)]
         engine.add_request(f"{seed}-{index}", TokensPrompt(prompt_token_ids=tokens), sampling)
+
+
+def _steps(engine: Any, most: int) -> list[float]:
+    """Seconds of each of the next ``most`` engine steps, of fewer where all requests are answered before."""
     seconds = []
     now = time.perf_counter()
-    while engine.has_unfinished_requests():
+    while len(seconds) < most and engine.has_unfinished_requests():
         engine.step()
         now, before = time.perf_counter(), now
         seconds.append(now - before)
@@ -149,41 +171,65 @@ def _turn(engine: Any, batch: int, prompt: int, steps: int, seed: int) -> list[f
 
 
 def _decode(engines: dict[str, Any], batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    def measure(engine: Any, seed: int) -> float:
-        return statistics.median(_turn(engine, batch, args.prompt, args.steps, seed)[4:-4])
-
-    return _rounds("decode", engines, batch, args.rounds, measure)
+    """Turns of ``args.turn`` steps of requests that all columns answer at the same time, mean seconds of a step."""
+    prefill_steps = 4  # and as many at the end, when requests begin to be done
+    turns: dict[str, list[float]] = {column: [] for column in engines}
+    for seed in _seeds(args):
+        for engine in engines.values():
+            _add(engine, batch, args.prompt, args.steps, seed)
+            _steps(engine, prefill_steps)
+        for _ in range((args.steps - 2 * prefill_steps) // args.turn):
+            for column in _order(engines, len(turns["base"])):
+                turns[column].append(statistics.fmean(_steps(engines[column], args.turn)[2:]))
+        for engine in engines.values():
+            _steps(engine, 10**6)
+    return [_row("decode", batch, column, turns) for column in engines]
 
 
 def _prefill(engines: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
-    def measure(engine: Any, seed: int) -> float:
-        return sum(_turn(engine, 8, args.prefill, 1, seed))
-
-    return _rounds("prefill", engines, 8, args.rounds, measure)
-
-
-def _rounds(kind: str, engines: dict[str, Any], batch: int, rounds: int, measure: Any) -> list[dict[str, Any]]:
-    seconds: dict[str, list[float]] = {column: [] for column in engines}
-    order = list(engines)
-    for column in order:
-        measure(engines[column], 0)
-    for turn in range(rounds):
-        for column in order[turn % len(order) :] + order[: turn % len(order)]:
-            seconds[column].append(measure(engines[column], turn + 1))
-    return [_row(kind, batch, column, seconds) for column in order]
+    """Turns of one prompt of ``args.prefill`` tokens."""
+    turns: dict[str, list[float]] = {column: [] for column in engines}
+    for seed in _seeds(args):
+        for column in _order(engines, len(turns["base"])):
+            _add(engines[column], 1, args.prefill, 1, seed)
+            turns[column].append(sum(_steps(engines[column], 10**6)))
+    return [_row("prefill", 1, column, {name: seconds[1:] for name, seconds in turns.items()}) for column in engines]
 
 
-def _row(kind: str, batch: int, column: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    ratios = [own / base for own, base in zip(seconds[column], seconds["base"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
+def _seeds(args: argparse.Namespace) -> Iterator[int]:
+    """0, 1, ... for ``args.seconds``, three at least."""
+    until = time.monotonic() + args.seconds
+    for seed in itertools.count():
+        if seed >= 3 and time.monotonic() > until:
+            return
+        yield seed
+
+
+def _order(engines: dict[str, Any], turn: int) -> list[str]:
+    columns = list(engines)
+    return columns[turn % len(columns) :] + columns[: turn % len(columns)]
+
+
+def _row(kind: str, batch: int, column: str, turns: dict[str, list[float]]) -> dict[str, Any]:
+    ratios = sorted(own / base for own, base in zip(turns[column], turns["base"], strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    # The ranks between which the median of the population lies in 95 of 100 samples (binomial, normal approximation).
+    reach = 0.98 * len(ratios) ** 0.5
+    rank = max(0, round(len(ratios) / 2 - reach))
     return {
         "kind": kind,
         "batch": batch,
         "column": column,
-        "median_ms": round(1e3 * statistics.median(seconds[column]), 4),
-        "over_base_pct": round(100 * (statistics.median(ratios) - 1), 3),
-        "iqr_pct": [round(100 * (low - 1), 3), round(100 * (high - 1), 3)],
+        "median_ms": round(1e3 * statistics.median(turns[column]), 4),
+        "over_base_pct": _percent(middle),
+        "confidence_pct": [_percent(ratios[rank]), _percent(ratios[-1 - rank])],
+        "iqr_pct": [_percent(low), _percent(high)],
+        "turns": len(ratios),
     }
+
+
+def _percent(ratio: float) -> float:
+    return round(100 * (ratio - 1), 3)
 
 
 def _report(rows: list[dict[str, Any]], out: str) -> list[dict[str, Any]]:

@@ -6,14 +6,17 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engines import run_interpreted
-from torch import nn
+from torch import library, nn
 
 from maxact_proto import stats
+from maxact_vllm import instrument as instrument_module
 from maxact_vllm import observe, ops
 from maxact_vllm.buffers import COUNTED_ROWS, NUM_ROWS, allocate
 from maxact_vllm.instrument import Tap, in_order, instrument
@@ -138,7 +141,7 @@ def test_a_group_is_read_at_its_last_site_and_an_output_before_a_norm_writes_ove
     taps = in_order(taps[::-1])
     assert [tap.name for tap in taps] == ["o_proj_input", "attn_output", "down_proj_input", "attn_input"]
     buffers = allocate([None] * len(taps), 5, torch.device("cpu"))
-    instrument(taps, buffers)
+    instrument(taps, buffers, branch=False)
     block = buffers.block
     x = torch.randn(5, 8)
     with torch.inference_mode():
@@ -149,6 +152,87 @@ def test_a_group_is_read_at_its_last_site_and_an_output_before_a_norm_writes_ove
         assert torch.equal(seen["attn_input"], model.down_proj(x).amax(-1))
         assert torch.equal(seen["attn_output"], (model.o_proj(x) + 1).amax(-1))
     assert torch.isneginf(block[:, :, 5:]).all()
+
+
+class AddNorm(nn.Module):
+    """Returns what is normed and the residual stream, as vLLM's norms do."""
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = x + residual
+        return residual / residual.abs().amax(), residual
+
+
+class Decoder(nn.Module):
+    """Layers that write over what they no longer need, between the projections of the input and of the output too."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        names = ("qkv", "o", "up", "down")
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {name: nn.Linear(32, 32, bias=False) for name in names} | {"norm": AddNorm(), "post": AddNorm()}
+            )
+            for _ in range(layers)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        residual = torch.zeros_like(x)
+        for layer in self.layers:
+            normed, residual = layer["norm"](x, residual)
+            attended = layer["qkv"](normed).sin().cumsum(0)
+            out = layer["o"](attended)
+            residual.mul_(0.5)
+            normed, residual = layer["post"](out, residual)
+            x = layer["down"](layer["up"](normed).relu())
+            residual.add_(1)
+        return x + residual
+
+
+# The residual stream behind a layer is what the next one's norm returns.
+_READS = {"hidden": ("norm", "residual"), "attn_input": ("qkv", "input"), "o_proj_input": ("o", "input")}
+_READS |= {"mlp_input": ("up", "input"), "down_proj_input": ("down", "input"), "mlp_output": ("down", "output")}
+
+
+@pytest.fixture(scope="module")
+def branches() -> Iterator[list[tuple[Any, ...]]]:
+    """Arguments of the branches under way. A CPU has no streams: a fake reads as late as a branch may run, at the
+    join."""
+    ops.define("cpu")
+    under_way: list[tuple[Any, ...]] = []
+    fake = library.Library("maxact", "FRAGMENT")
+    fake.impl("fork", lambda *arguments: under_way.append(arguments), "CPU")
+    fake.impl("join", lambda tensors, rows: torch.ops.maxact.observe(*under_way.pop()), "CPU")
+    yield under_way
+    fake._destroy()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Inductor imports
+@pytest.mark.parametrize("branch", [False, True])
+def test_compiled_what_waits_is_read_as_it_was(
+    branch: bool, branches: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Decoder(5)
+    taps = in_order(
+        [
+            Tap(layer=index - (name == "hidden"), name=name, path="", module=layer[module], reads=reads, width=32)  # type: ignore[arg-type]
+            for index, layer in enumerate(model.layers)
+            for name, (module, reads) in _READS.items()
+            if index or name != "hidden"
+        ]
+    )
+    buffers = allocate([None] * len(taps), 64, torch.device("cpu"))
+    monkeypatch.setattr(instrument_module, "_HELD_ELEMENTS", 64 * 32 * 13)
+    instrument(taps, buffers, branch=branch)
+    x = torch.randn(40, 32)
+    with torch.inference_mode():
+        model(x.clone())  # eager: every group at its end
+        eager = buffers.block[:, :, :40].clone()
+        buffers.block.fill_(-torch.inf)
+        torch.compile(model, fullgraph=True)(x.clone())
+    assert not branches
+    assert eager.isfinite().all()
+    torch.testing.assert_close(buffers.block[:, :, :40], eager, rtol=1e-4, atol=1e-5)
 
 
 def test_without_a_compiler_the_reference_observes_and_says_so(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ COUNTED_ROWS: Final = NUM_ROWS + len(stats.COUNTS)
 """The same with saturated and zeroed elements, of a checkpoint with static scales."""
 
 _ALIGNMENT = 64
-"""Rows start at multiples of 256 bytes: Inductor copies inputs that are aligned to less than 16 bytes."""
+"""Rows start at multiples of 256 bytes. Inductor copies inputs on a GPU that are aligned to less than 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ class Buffers:
     sampling: torch.Tensor
     """int64 ``[1]``: which rows of the step are counted (`observe.sampled`)."""
     scales: torch.Tensor
-    """float32 ``[num_sites, 2]``: beyond which magnitude an element is saturated, and up to which it is zeroed."""
+    """float32 ``[num_sites, 4]``: beyond which magnitude an element is saturated, and up to which it is zeroed; the
+    other two are not used, they keep the sites of every group aligned."""
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +51,9 @@ def allocate(scales: Sequence[StaticScale | None], max_tokens: int, device: torc
     num_rows = COUNTED_ROWS if any(scales) else NUM_ROWS
     padded = -(-max_tokens // _ALIGNMENT) * _ALIGNMENT
     sites = np.full((num_sites, num_rows, padded), -np.inf, np.float32)
-    limits = np.array([(scale.limit, scale.zero) if scale else (np.inf, -1.0) for scale in scales], np.float32)
+    limits = np.array(
+        [(*((scale.limit, scale.zero) if scale else (np.inf, -1.0)), 0, 0) for scale in scales], np.float32
+    )
     # By way of numpy: vLLM may have set a default device and dtype.
     block, histograms, sampling, ranges = (
         torch.from_numpy(each).to(device)

@@ -73,6 +73,16 @@ def max_rows(vllm_config: Any) -> int:
     return int(-(-rows // tp_size) * tp_size)
 
 
+def captures_pieces() -> bool:
+    """Whether the forward under way is captured in pieces from attention to attention. vLLM 0.26-0.32."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    return bool(
+        is_forward_context_available() and get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
+    )
+
+
 def read_step(runner: Any, scheduler_output: Any) -> Step | None:
     """What the forward that `execute_model` just launched was made of; None when it ran no real token.
 

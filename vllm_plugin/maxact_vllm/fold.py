@@ -8,6 +8,7 @@ nothing synchronizes, no lock is taken: the flusher swaps the accumulators under
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -97,9 +98,10 @@ class Folder:
         self.accumulators = Accumulators(block.shape[1], block.device, block.shape[0] - NUM_ROWS)
         self._decode = torch.from_numpy(_DECODE).to(block.device)
         self._upload = _Upload(block.shape[2], block.device) if block.is_cuda else torch.from_numpy
+        self._fold = _kernel(block.device)
         # Compile both variants now: no tokens, so nothing is folded.
         for phases in (self._decode, self._decode.expand(2)):
-            torch.ops.maxact.fold(block, self.accumulators.values[0], self.accumulators.counts[0], phases, 0)
+            self._fold(block, self.accumulators.values[0], self.accumulators.counts[0], phases, 0)
 
     def forget(self) -> None:
         """Drop what the rows hold, so that nothing of warm-up is ever folded."""
@@ -124,13 +126,23 @@ class Folder:
         if self._block.is_cuda:
             state.stream = torch.cuda.current_stream(self._block.device)
         phases = self._decode if codes is _DECODE else self._upload(codes)
-        torch.ops.maxact.fold(self._block, state.values[active], state.counts[active], phases, step.num_tokens)
+        self._fold(self._block, state.values[active], state.counts[active], phases, step.num_tokens)
         state.cached[active] += step.cached
         if codes is _DECODE:
             state.tokens[active][stats.DECODE] += step.num_tokens
         else:
             state.tokens[active] += np.bincount(codes, minlength=len(stats.PHASES))
         state.folds += 1
+
+
+def _kernel(device: torch.device) -> Callable[..., None]:
+    """What computes `reference` there."""
+    if device.type == "cpu":
+        fold: Callable[..., None] = torch.ops.maxact.fold.default
+        return fold
+    from maxact_vllm import fold_gpu
+
+    return fold_gpu.fold  # past torch's dispatcher, which would hold the model's thread up for longer
 
 
 class _Upload:

@@ -6,6 +6,8 @@ ordered by the stream. Padded rows are never loaded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,9 @@ import triton.language as tl
 from maxact_proto import stats
 
 _BLOCK = 512
+_compiled: dict[tuple[Any, ...], Any] = {}
+"""Kernels by all that Triton specialized them on, as in `observe_gpu`: its own look at every argument holds the model's
+thread up for longer than the rest of a fold."""
 
 
 @triton.jit(do_not_specialize=["num_tokens"])  # type: ignore[untyped-decorator, unused-ignore]
@@ -97,18 +102,14 @@ def fold(
     block: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, phases: torch.Tensor, num_tokens: int
 ) -> None:
     """`fold.reference` on the current stream; all tensors on the device."""
-    _fold_kernel[(block.shape[1],)](
-        block,
-        phases,
-        values,
-        counts,
-        num_tokens,
-        block.stride(0),
-        block.stride(1),
-        block.shape[1],
-        UNIFORM=phases.shape[0] == 1,
-        COUNTS=counts.shape[-1],
-        PHASES=len(stats.PHASES),
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    num_sites = block.shape[1]
+    tensors = (block, phases, values, counts)
+    numbers = (num_tokens, block.stride(0), block.stride(1), num_sites)
+    constants = (phases.shape[0] == 1, counts.shape[-1], len(stats.PHASES), _BLOCK)
+    kind = (numbers[1:], constants, tuple(x.data_ptr() % 16 == 0 for x in tensors))
+    compiled = _compiled.get(kind)
+    if compiled:
+        stream = torch.cuda.current_stream(block.device).cuda_stream
+        compiled[num_sites, 1, 1](*tensors, *numbers, *constants, stream=stream)
+    else:
+        _compiled[kind] = _fold_kernel[(num_sites,)](*tensors, *numbers, *constants, num_warps=4)

@@ -1,11 +1,16 @@
 """Hop 2/9: hooks on the modules of the served model, traced into its own graph, that hand each site to `observe`.
 
 A forward hook, registered after the weights are loaded and before the first forward, is traced by Dynamo like the
-model's own code. Sites are grouped from one attention, where vLLM splits a graph, to the next: from its keys and values
-to the next layer's input projection. The hooks only collect the tensors of a group; at its last site one operation
-reads them all and writes one float per token and statistic into rows that were allocated before compilation. On a GPU
-that operation runs on a branch of the graph beside the matrix product that follows. What becomes of the rows is decided
-after the step, outside the graph (`fold`), where the real tokens are known.
+model's own code. A stretch of sites goes from one attention, where vLLM splits a graph, to the next: from its keys and
+values to the next layer's input projection. The hooks only collect the tensors of a group of stretches; behind its last
+site one operation reads them all and writes one float per token and statistic into rows that were allocated before
+compilation. What becomes of the rows is decided after the step, outside the graph (`fold`), where the real tokens are
+known.
+
+On a GPU a group is one stretch, and its operation runs on a branch of the graph beside the attention that follows.
+On a CPU the compiled graph is whole, and calling an operation takes longer than reading a token, because weights have
+driven its code out of the caches meanwhile: there a group is as many stretches as `_HELD_ELEMENTS` lets wait. Run
+eagerly, where the next layer may write over what the last one made, every stretch is read at its own end.
 
 The rows are non-persistent buffers of a hooked module, so that a compiled artefact resolves them from the live model;
 each group's are a storage of their own, or functionalization would copy the whole block once per write; yet they lie in
@@ -15,7 +20,7 @@ one block of memory, so that one fold reads them all.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -33,6 +38,8 @@ _AS_EXECUTED: Final = (
     *("hidden", "attn_input"),
 )
 """Sites from one attention to the next in the order a forward meets them."""
+_HELD_ELEMENTS: Final = 1 << 26
+"""Of tensors that wait for the operation of their group on a CPU, in the largest step: 128 MiB in bfloat16."""
 _NEVER_WRITTEN_OVER: Final = ("mlp_gate",)
 """Outputs that nothing writes over: a copy of half a merged projection would be a real one."""
 
@@ -71,45 +78,73 @@ def in_order(taps: Sequence[Tap]) -> list[Tap]:
     return sorted(taps, key=_position)
 
 
-def instrument(taps: Sequence[Tap], buffers: Buffers) -> None:
-    """Hook every tap so that its forward writes its part of ``buffers``; ``taps`` from `in_order`."""
+def instrument(taps: Sequence[Tap], buffers: Buffers, *, branch: bool) -> None:
+    """Hook every tap so that its forward writes its part of ``buffers``; ``taps`` from `in_order`.
+
+    ``branch``: read groups on a branch of the graph, as on a GPU; else several stretches at once.
+    """
     ops.define(buffers.block.device.type)
     first = 0
-    for _, group in itertools.groupby(taps, key=lambda tap: _position(tap)[:2]):
-        members = list(group)
-        here = slice(first, first + len(members))
-        own = (buffers.block.transpose(0, 1), buffers.histograms, buffers.scales)
-        rows, histograms, scales = (own_storage(each[here]) for each in own)
-        _hook_group(members, {"rows": rows, "histograms": histograms, "sampling": buffers.sampling, "scales": scales})
-        first += len(members)
+    projections = {tap.layer: tap for tap in taps if branch and tap.name == "o_proj_input" and not tap.alone}
+    for stretches in _groups(taps, 0 if branch else _HELD_ELEMENTS // buffers.block.shape[2]):
+        num_sites = sum(map(len, stretches))
+        here = slice(first, first + num_sites)
+        whole = (buffers.block.transpose(0, 1), buffers.histograms, buffers.scales)
+        rows, histograms, scales = (own_storage(each[here]) for each in whole)
+        own = {"rows": rows, "histograms": histograms, "sampling": buffers.sampling, "scales": scales}
+        _hook_group(stretches, own, projections)
+        first += num_sites
 
 
 def _position(tap: Tap) -> tuple[int, str, int]:
     """Sort key: the stretch between two attentions, the group in it, the place in the group."""
     if tap.layer is None:
-        return (-1 if tap.name == "embedding" else 1 << 30), tap.name, 0
+        return (-2 if tap.name == "embedding" else 1 << 30), tap.name, 0
     stretch = tap.layer - (tap.name == "attn_input")
     return (stretch, tap.name, 0) if tap.alone else (stretch, "", _AS_EXECUTED.index(tap.name))
 
 
-def _hook_group(taps: Sequence[Tap], buffers: Mapping[str, torch.Tensor]) -> None:
-    last = taps[-1]
-    names = [f"_maxact_{last.name}_{part}" for part in buffers]
-    for name, part in zip(names, buffers.values(), strict=True):
-        last.module.register_buffer(name, part, persistent=False)
+def _groups(taps: Sequence[Tap], most: int) -> Iterator[list[list[Tap]]]:
+    """Stretches that one operation reads: those that follow one another up to ``most`` elements per token, one at
+    least; what the compiler may not see alone."""
+    group: list[list[Tap]] = []
+    held = 0
+    for _, taps_of_one in itertools.groupby(taps, key=lambda tap: _position(tap)[:2]):
+        stretch = list(taps_of_one)
+        width = sum(tap.width for tap in stretch)
+        if group and (held + width > most or stretch[0].alone or group[0][0].alone):
+            yield group
+            group, held = [], 0
+        group.append(stretch)
+        held += width
+    yield group
+
+
+def _hook_group(
+    stretches: Sequence[Sequence[Tap]], buffers: Mapping[str, torch.Tensor], projections: Mapping[int | None, Tap]
+) -> None:
     pending: Pending = []
-    for index, tap in enumerate(taps):
-        _collect(tap, index, pending, at_once=tap is last)
-    if last.reads in ("output", "residual", "sum"):
-        last.module.register_forward_hook(_observing(pending, names))
-    elif buffers["rows"].is_cuda and last.reads == "input" and not last.alone:
-        last.module.register_forward_pre_hook(_forking(pending, names))
-        last.module.register_forward_hook(_joining(pending, names))
-    else:
-        last.module.register_forward_pre_hook(_observing(pending, names))
+    places = itertools.count()
+    for stretch in stretches:
+        last = stretch[-1]
+        names = [f"_maxact_{last.name}_{part}" for part in buffers]
+        for name, part in zip(names, buffers.values(), strict=True):
+            last.module.register_buffer(name, part, persistent=False)
+        for tap in stretch:
+            _collect(tap, next(places), pending, at_once=tap is last, waits=len(stretches) > 1)
+        if last.reads in ("output", "residual", "sum"):
+            last.module.register_forward_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
+        elif last.name == "attn_input" and last.layer in projections:
+            # From behind the input projection to the output projection: what runs there leaves the GPU room.
+            end = projections[last.layer].module
+            end.register_buffer("_maxact_branch", buffers["rows"], persistent=False)
+            last.module.register_forward_hook(_forking(pending, names))
+            end.register_forward_pre_hook(_joining(pending))
+        else:
+            last.module.register_forward_pre_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
 
 
-def _collect(tap: Tap, index: int, pending: Pending, at_once: bool) -> None:
+def _collect(tap: Tap, index: int, pending: Pending, *, at_once: bool, waits: bool) -> None:
     argument = _ARGUMENTS.get(tap.reads)
     # What a block returns, the norm behind it may write over: it is read from a copy, which Inductor finds to be none.
     copied = tap.reads == "output" and tap.name not in _NEVER_WRITTEN_OVER and not at_once
@@ -118,7 +153,8 @@ def _collect(tap: Tap, index: int, pending: Pending, at_once: bool) -> None:
         if any(place == index for place, _ in pending):  # the last site of the group did not run
             pending.clear()
         if isinstance(x, torch.Tensor) and (x.ndim == 2 or x.shape[0] == 1):  # one row per token
-            pending.append((index, _readable(x)))
+            later = waits and torch.compiler.is_compiling() and tap.name not in _NEVER_WRITTEN_OVER
+            pending.append((index, _readable(x.clone() if later else x)))
 
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = (*args, *kwargs.values())[argument or 0]
@@ -149,8 +185,10 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _observing(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
+def _observing(pending: Pending, names: Sequence[str], *, waits: bool) -> Callable[..., None]:
     def hook(module: nn.Module, *_: Any) -> None:
+        if waits and torch.compiler.is_compiling():
+            return
         buffers = [getattr(module, name) for name in names]
         torch.ops.maxact.observe([x for _, x in pending], *buffers, [place for place, _ in pending])
         pending.clear()
@@ -166,11 +204,9 @@ def _forking(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
     return hook
 
 
-def _joining(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # The product is an argument so that the join comes behind it.
-        product = output[0] if isinstance(output, tuple) else output
-        torch.ops.maxact.join([*(x for _, x in pending), product], getattr(module, names[0]))
+def _joining(pending: Pending) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        torch.ops.maxact.join([x for _, x in pending], module._maxact_branch)
         pending.clear()
 
     return hook

@@ -19,7 +19,11 @@ using torch::stable::Tensor;
 
 namespace {
 
+#ifdef __AVX512F__
 constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;  // gcc takes vectors wider than a register apart, element by element
+#endif
 constexpr int64_t kElementsPerTask = 1 << 15;
 // maxact_proto.stats
 constexpr int kMax = 0, kMin = 1, kSumSquares = 2, kSumAbs = 3, kNonfinite = 4, kNumStats = 5, kNumPhases = 3;
@@ -168,7 +172,7 @@ void reduce(
 
 // tensors[k]: [tokens, width] of bfloat16, float16 or float32, rows contiguous; rows: float32 [sites, 4 or 6, padded
 // tokens]; histograms: int64 [sites, kNumBins], never reset; sampling: int64 [1], of observe.packed; scales: float32
-// [sites, 2], (limit, zero).
+// [sites, 4], (limit, zero) and two that are not used.
 void observe(
     std::vector<Tensor> tensors, Tensor rows, Tensor histograms, Tensor sampling, Tensor scales,
     std::vector<int64_t> sites) {
@@ -176,7 +180,7 @@ void observe(
   const Sampling sampled(*static_cast<const int64_t*>(sampling.data_ptr()));
   for (size_t k = 0; k < tensors.size(); ++k) {
     float* out = static_cast<float*>(rows.data_ptr()) + sites[k] * rows.stride(0);
-    const float* scale = counted ? static_cast<const float*>(scales.data_ptr()) + sites[k] * 2 : nullptr;
+    const float* scale = counted ? static_cast<const float*>(scales.data_ptr()) + sites[k] * scales.stride(0) : nullptr;
     int64_t* histogram = static_cast<int64_t*>(histograms.data_ptr()) + sites[k] * kNumBins;
     switch (tensors[k].scalar_type()) {
       case ScalarType::BFloat16: reduce<Bfloat16>(tensors[k], out, rows.stride(1), scale, sampled, histogram); break;

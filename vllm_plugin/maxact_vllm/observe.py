@@ -10,13 +10,13 @@ Three operations (`ops`) that the compiler sees as a whole:
 
 ``rows``: float32 ``[sites of a group, NUM_ROWS or COUNTED_ROWS, padded tokens]``. All operations write it, as far as
 the compiler can tell, which keeps them in the graph, in order and free of constants: all layers share one compiled
-piece. ``scales``: float32 ``[sites of a group, 2]``, of `Buffers`; read where there are rows for the counts.
+piece. ``scales``: float32 ``[sites of a group, 4]``, of `Buffers`; read where there are rows for the counts.
 ``histograms``: int64 ``[sites of a group, NUM_BINS]``, counted up for ever. ``sampling``: int64 ``[1]``, of `packed`;
 0 counts none.
 
 Left to Inductor, the reductions are fused into the kernels that make the tensors: measured, that costs a decode step
 5-13 % on an H200, because row reductions make short kernels twice as long, and a CPU engine half of its start-up time
-again. Kernels per group beside the next matrix product, which waits for memory, cost least at small batches
+again. One kernel per group beside the attention that follows, which leaves multiprocessors free, costs least
 (docs/performance.md).
 """
 
@@ -80,7 +80,7 @@ def reference(
         out[stats.MAX], out[stats.MIN] = wide.amax(-1), wide.amin(-1)
         out[stats.SUM_SQUARES], out[stats.SUM_ABS] = (wide * wide).sum(-1), wide.abs().sum(-1)
         if len(out) > NUM_ROWS:
-            limit, zero = scales[site]
+            limit, zero = scales[site, :2]
             out[NUM_ROWS + stats.SATURATED] = (wide.abs() > limit).sum(-1)
             out[NUM_ROWS + stats.ZEROED] = (wide.abs() <= zero).sum(-1)
         counted = wide[offset : num_tokens : max(every, 1)]

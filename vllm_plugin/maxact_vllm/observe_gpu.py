@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from maxact_proto import stats
-from maxact_vllm import logger
+from maxact_vllm import compat, logger
 from maxact_vllm.buffers import NUM_ROWS
 from maxact_vllm.observe import SAMPLING_BITS
 
@@ -28,6 +28,8 @@ _BLOCK_OF_COUNTS = 1024
 _WARPS = 8
 _failed: list[bool] = []
 """Holds something after the first failure."""
+_branches: list[torch.cuda.Stream] = []
+"""What the current stream has to wait for."""
 _compiled: dict[tuple[Any, ...], Any] = {}
 """Kernels by all that Triton specialized them on. Triton's own look at every argument of every launch holds the host up
 for longer than the kernel takes, and a large prefill, which no CUDA graph replays, is launched from there."""
@@ -93,12 +95,13 @@ def _observe_kernel(  # type: ignore[no-untyped-def]
     rows,  # float32 [sites, 4 or 6, padded]
     histograms,  # int64 [sites, BINS]
     sampling,  # int64 [1]
-    scales,  # float32 [sites, 2]
+    scales,  # float32 [sites, 4]
     STRIDES: tl.constexpr,  # of the rows of each tensor
     WIDTHS: tl.constexpr,
     SITES: tl.constexpr,  # where in rows, histograms and scales
     STRIDE_SITE: tl.constexpr,
     STRIDE_STAT: tl.constexpr,
+    STRIDE_SCALE: tl.constexpr,
     NUM: tl.constexpr,
     BINS: tl.constexpr,
     COUNTS: tl.constexpr,
@@ -117,7 +120,7 @@ def _observe_kernel(  # type: ignore[no-untyped-def]
         if which == index:
             x = tensors[index] + token * STRIDES[index]
             out = rows + SITES[index] * STRIDE_SITE + token
-            total = _reduce_row(x, WIDTHS[index], out, STRIDE_STAT, scales + 2 * SITES[index], BLOCK, COUNTS)
+            total = _reduce_row(x, WIDTHS[index], out, STRIDE_STAT, scales + SITES[index] * STRIDE_SCALE, BLOCK, COUNTS)
             if counted & (total < float("inf")):
                 _count_row(x, WIDTHS[index], histograms + SITES[index] * BINS, weight, BLOCK_OF_COUNTS, BINS)
 
@@ -134,6 +137,7 @@ def observe(
 
     A kernel that cannot be launched is logged once and observes nothing: the model goes on.
     """
+    join([], rows)  # a branch whose end did not run: no graph may end with one
     try:
         if tensors and not _failed:
             _launch(tensors, rows, histograms, sampling, scales, sites)
@@ -157,7 +161,7 @@ def _launch(
         return
     operands = (tuple(tensors), rows, histograms, sampling, scales)
     strides, widths = tuple(x.stride(0) for x in tensors), tuple(x.shape[1] for x in tensors)
-    shape = (strides, widths, tuple(sites), rows.stride(0), rows.stride(1), len(tensors))
+    shape = (strides, widths, tuple(sites), rows.stride(0), rows.stride(1), scales.stride(0), len(tensors))
     constants = (*shape, stats.NUM_BINS, rows.shape[1] > NUM_ROWS, _BLOCK, _BLOCK_OF_COUNTS)
     aligned = tuple(x.data_ptr() % 16 == 0 for x in (*tensors, rows, histograms, sampling, scales))
     kind = (constants, aligned, tuple(x.dtype for x in tensors))
@@ -180,21 +184,23 @@ def fork(
 ) -> None:
     """The same on the side stream, behind what the current one has done so far: a branch of the CUDA graph.
 
-    Launched from the host, a branch would hold that up longer than it saves the GPU: then there is none.
+    Launched from the host, a branch would hold that up longer than it saves the GPU; where each stretch between two
+    attentions is a graph of its own, it would outlive that graph: then there is none.
     """
-    if not torch.cuda.is_current_stream_capturing():
+    if not torch.cuda.is_current_stream_capturing() or compat.captures_pieces():
         observe(tensors, rows, histograms, sampling, scales, sites)
         return
     side = _side_stream(rows.device)
     side.wait_stream(torch.cuda.current_stream(rows.device))
     with torch.cuda.stream(side):
         observe(tensors, rows, histograms, sampling, scales, sites)
+    _branches.append(side)
 
 
 def join(tensors: list[torch.Tensor], rows: torch.Tensor) -> None:
     """The current stream waits for the branch, if there is one."""
-    if torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_stream(rows.device).wait_stream(_side_stream(rows.device))
+    while _branches:
+        torch.cuda.current_stream(rows.device).wait_stream(_branches.pop())
 
 
 @functools.cache

@@ -40,8 +40,7 @@ def _define_on_cpu() -> None:
 
 
 def _define_on_gpu() -> None:
-    from maxact_vllm import fold_gpu, observe_gpu
+    from maxact_vllm import observe_gpu
 
     for name, kernel in (("observe", observe_gpu.observe), ("fork", observe_gpu.fork), ("join", observe_gpu.join)):
         _LIBRARY.impl(name, kernel, "CUDA")
-    _LIBRARY.impl("fold", fold_gpu.fold, "CUDA")

@@ -50,7 +50,7 @@ class Capture:
         device = torch.device(runner.device)
         buffers = allocate([tap.scale for tap in taps], compat.max_rows(vllm_config), device)
         compat.count_memory(runner, buffers.nbytes)
-        instrument(taps, buffers)
+        instrument(taps, buffers, branch=device.type == "cuda")
         self._folder = Folder(buffers)
         layout = _layout(taps, vllm_config, settings)
         outbox = Outbox(len(taps))
