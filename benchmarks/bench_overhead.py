@@ -58,6 +58,9 @@ def main() -> None:
         rows += _report(_prefill(engines, args), args.out)
         for column, listening in receivers.items():
             print(json.dumps({"kind": "observed", "column": column, **_observed(listening.receiver)}), flush=True)
+        for column in receivers:
+            added = _added(engines["base"], engines[column], args)
+            print(json.dumps({"kind": "profile", "column": column, "added_per_step": added}), flush=True)
         print(json.dumps({"kind": "background", "core_pct_per_engine": _background(len(receivers))}), flush=True)
     print("RESULT " + json.dumps(_result(rows, args.columns)), flush=True)
     os._exit(0)  # engines of one process take long to tear down, and nothing is left to save
@@ -194,6 +197,25 @@ def _prefill(engines: dict[str, Any], args: argparse.Namespace) -> list[dict[str
             _add(engines[column], 1, args.prefill, 1, seed)
             turns[column].append(sum(_steps(engines[column], 10**6)))
     return [_row("prefill", 1, column, {name: seconds[1:] for name, seconds in turns.items()}) for column in engines]
+
+
+def _added(base: Any, engine: Any, args: argparse.Namespace) -> dict[str, float]:
+    """Operations of torch that ``engine`` runs more often than ``base`` in a decode step, by torch's profiler."""
+    counts = {name: _operations(each, args) for name, each in (("base", base), ("own", engine))}
+    more = {name: count - counts["base"].get(name, 0.0) for name, count in counts["own"].items()}
+    return {name: round(count, 2) for name, count in more.items() if count >= 0.01}
+
+
+def _operations(engine: Any, args: argparse.Namespace) -> dict[str, float]:
+    from torch.profiler import ProfilerActivity, profile
+
+    steps = 32
+    _add(engine, args.batches[0], args.prompt, steps + 16, seed=-1)
+    _steps(engine, 8)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        _steps(engine, steps)
+    _steps(engine, 10**6)
+    return {event.key: event.count / steps for event in profiler.key_averages()}
 
 
 def _seeds(args: argparse.Namespace) -> Iterator[int]:

@@ -81,14 +81,14 @@ CHANGES = {
 def _hooking_fails_half_way() -> None:
     from maxact_vllm import instrument
 
-    own_storage, calls = instrument.own_storage, iter(range(1000))
+    collect, calls = instrument._collect, iter(range(1000))
 
-    def fail_at_the_fifth(part: Any) -> Any:
+    def fail_at_the_fifth(*args: Any, **kwargs: Any) -> None:
         if next(calls) == 4:
             raise RuntimeError("no memory left")
-        return own_storage(part)
+        collect(*args, **kwargs)
 
-    instrument.own_storage = fail_at_the_fifth
+    instrument._collect = fail_at_the_fifth
 
 
 ACCIDENTS = {"hooking fails half-way": Change(_hooking_fails_half_way, "no memory left")}
