@@ -61,7 +61,7 @@ def test_a_planted_value_arrives_unchanged_at_every_hop(  # noqa: PLR0915  (the 
     buffers = allocate([None], 64, torch.device("cpu"))
     block = buffers.block
     tap = Tap(layer=LAYER, name="hidden", path="layers.12.norm", module=module, reads="output", width=WIDTH)
-    instrument([tap], buffers)
+    instrument([tap], buffers, branch=False)
     folder = Folder(buffers)
     outbox = Outbox(1)
     site = wire.Site(layer=LAYER, name="hidden", width=WIDTH, sharded=False)
