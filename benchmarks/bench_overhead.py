@@ -14,6 +14,10 @@ stand their interquartile range and the 95 % confidence interval of the median. 
 
 Flushing happens once a second on a thread of its own, which no median sees: its share of one core is given by itself.
 
+What an observing engine does on the model's thread, by torch's profile of a decode step, beyond what ``base`` does, is
+printed as well: ``maxact::observe`` once per group of layers and one ``maxact::fold`` (SmolLM2 on a CPU: four or, for
+``all``, eight, and one); no tensor is allocated or copied, nothing waits.
+
 Last line: ``RESULT {"serving_overhead_pct": .., "all_overhead_pct": .., "eager_overhead_pct": .., "noise_pct": ..}``:
 the worst batch of each column, decode and prefill, in percent over base; keys only for columns that ran.
 """
