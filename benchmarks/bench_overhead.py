@@ -40,6 +40,8 @@ from typing import Any
 
 PRESETS = ("serving", "paper", "all")
 STARTED = time.monotonic()
+EDGE_STEPS = 4
+"""At either end of a round, where prompts are read and requests begin to be done."""
 
 
 def main() -> None:
@@ -88,7 +90,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--dummy", action="store_true", help="random weights (shapes only)")
     parser.add_argument("--capture-sizes", type=lambda text: [int(size) for size in text.split(",")], default=None)
     parser.add_argument("--out", default="", help="append rows as JSON lines")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.turn < 3:
+        parser.error(f"--turn {args.turn}: the first two steps of a turn are left out, so it takes three at least")
+    if args.steps < args.turn + 2 * EDGE_STEPS:
+        parser.error(f"--steps {args.steps}: a turn and both ends of a round take {args.turn + 2 * EDGE_STEPS}")
+    return args
 
 
 @contextlib.contextmanager
@@ -179,13 +186,12 @@ def _steps(engine: Any, most: int) -> list[float]:
 
 def _decode(engines: dict[str, Any], batch: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Turns of ``args.turn`` steps of requests that all columns answer at the same time, mean seconds of a step."""
-    prefill_steps = 4  # and as many at the end, when requests begin to be done
     turns: dict[str, list[float]] = {column: [] for column in engines}
     for seed in _seeds(args):
         for engine in engines.values():
             _add(engine, batch, args.prompt, args.steps, seed)
-            _steps(engine, prefill_steps)
-        for _ in range((args.steps - 2 * prefill_steps) // args.turn):
+            _steps(engine, EDGE_STEPS)
+        for _ in range((args.steps - 2 * EDGE_STEPS) // args.turn):
             for column in _order(engines, len(turns["base"])):
                 turns[column].append(statistics.fmean(_steps(engines[column], args.turn)[2:]))
         for engine in engines.values():

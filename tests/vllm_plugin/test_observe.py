@@ -167,7 +167,7 @@ class Decoder(nn.Module):
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        names = ("qkv", "o", "up", "down")
+        names = ("qkv", "attention", "o", "up", "down")
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {name: nn.Linear(32, 32, bias=False) for name in names} | {"norm": AddNorm(), "post": AddNorm()}
@@ -179,7 +179,7 @@ class Decoder(nn.Module):
         residual = torch.zeros_like(x)
         for layer in self.layers:
             normed, residual = layer["norm"](x, residual)
-            attended = layer["qkv"](normed).sin().cumsum(0)
+            attended = layer["attention"](layer["qkv"](normed))
             out = layer["o"](attended)
             residual.mul_(0.5)
             normed, residual = layer["post"](out, residual)

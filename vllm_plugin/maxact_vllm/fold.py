@@ -60,8 +60,8 @@ class Accumulators:
 def reference(
     block: torch.Tensor, values: torch.Tensor, counts: torch.Tensor, phases: torch.Tensor, num_tokens: int
 ) -> None:
-    """Fold the first ``num_tokens`` rows of ``block`` into ``values`` and ``counts``: what every kernel of
-    ``maxact::fold`` computes.
+    """Fold the first ``num_tokens`` rows of ``block`` into ``values`` and ``counts``: what the kernels
+    of both devices compute.
 
     ``block``: float32 ``[NUM_ROWS or COUNTED_ROWS, sites, tokens]``; ``values``: float32 ``[phases, sites, stats]``;
     ``counts``: int64 ``[phases, sites, counts]``; all mutated. ``phases``: int8 ``[num_tokens]``, or ``[1]`` for all.

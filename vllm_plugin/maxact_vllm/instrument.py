@@ -139,7 +139,7 @@ def _hook_group(
             end = projections[last.layer].module
             end.register_buffer("_maxact_branch", buffers["rows"], persistent=False)
             last.module.register_forward_hook(_forking(pending, names))
-            end.register_forward_pre_hook(_joining(pending))
+            end.register_forward_pre_hook(_joining(pending), with_kwargs=True)
         else:
             last.module.register_forward_pre_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
 
@@ -205,8 +205,10 @@ def _forking(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
 
 
 def _joining(pending: Pending) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        torch.ops.maxact.join([x for _, x in pending], module._maxact_branch)
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # What the attention made is an argument so that the join comes behind it.
+        attended = (*args, *kwargs.values())[0]
+        torch.ops.maxact.join([*(x for _, x in pending), attended], module._maxact_branch)
         pending.clear()
 
     return hook

@@ -19,11 +19,7 @@ using torch::stable::Tensor;
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int kLanes = 16;
-#else
-constexpr int kLanes = 8;  // gcc takes vectors wider than a register apart, element by element
-#endif
+constexpr int kLanes = __BIGGEST_ALIGNMENT__ / 4;  // a register's: gcc takes wider vectors apart, element by element
 constexpr int64_t kElementsPerTask = 1 << 15;
 // maxact_proto.stats
 constexpr int kMax = 0, kMin = 1, kSumSquares = 2, kSumAbs = 3, kNonfinite = 4, kNumStats = 5, kNumPhases = 3;

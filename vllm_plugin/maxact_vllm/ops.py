@@ -1,7 +1,7 @@
 """Hops 2/9 and 3/9: the operations ``maxact::observe``, ``fork``, ``join`` and ``fold``, and what runs them where.
 
 torch and Inductor know an operation by its schema; each device has its own kernel for it: Triton on a GPU, C++ on a
-CPU, plain torch where that cannot be built.
+CPU, plain torch where that cannot be built. On a GPU `fold` launches its own without an operation.
 """
 
 from __future__ import annotations
