@@ -4,15 +4,17 @@
 
 - render: 50,000 series as text, CPU of this process; beside it the same series as `prometheus_client` gauges.
 - scrape: a real Prometheus scrapes a real sidecar with 50,000 series, gzipped; its own ``scrape_duration_seconds``.
-- ingest: 8 streams of 1,000 sites, each sending its next window when the last one is acknowledged, as the plugin does;
-  CPU of the sidecar process per window. ``ingest_windows_per_s`` is what one core of it would take in,
+- ingest: 8 streams of 1,000 sites with traffic in all three phases, 15 statistics per site; each asks for an
+  acknowledgement with every fourth window, as the plugin does, and goes on when it has it. CPU of the sidecar process
+  per window. ``ingest_windows_per_s`` is what one core of it would take in,
   ``ingest_wall_windows_per_s`` what it took in while the clients shared the machine. Beside it the CPU of a gRPC server
   that parses and acknowledges the same windows and does nothing else (``ingest_bare_us``: the least that this library
   takes), of decoding one window, ours and the same numbers as nested protobuf messages, and of merging and judging one.
 - fleet: 64 engines x 8 ranks x 1,000 sites at 1 Hz, one scrape every 15 s, state kept on disk. CPU of the sidecar in
   percent of one core (``fleet_core_pct``), its largest resident memory, by how much its last is above the median of the
-  first half, and the time from sending a window to its acknowledgement: the window is merged and judged then, and in
-  every scrape that starts later (``window_to_metric_p99_ms``).
+  first half, and the time from sending a window that asks for it to its acknowledgement: the window is merged and
+  judged then, and in every scrape that starts later (``window_to_metric_p99_ms``). As in a real fleet, one window in
+  thirty has a histogram.
 
 Last line: ``RESULT {"render_50k_ms": .., "render_50k_naive_ms": .., "scrape_50k_s": .., "ingest_windows_per_s": ..,
 "ingest_wall_windows_per_s": .., "ingest_cpu_us": .., "ingest_bare_us": .., "decode_us": .., "decode_nested_us": ..,
@@ -60,6 +62,8 @@ from maxact_sidecar.fleet import Fleet
 from maxact_sidecar.ingest import clock
 
 NUM_SERIES = 50_000
+ACKNOWLEDGE_EVERY = 4  # maxact_vllm.stream
+HISTOGRAM_EVERY = 30  # of windows of a second, maxact_vllm.flush
 PARTS = ("render", "scrape", "ingest", "fleet")
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -101,7 +105,7 @@ def measure_render() -> dict[str, float]:
     engine.merge_window(rank, window, clock())
 
     def render() -> bytes:
-        return collector.render(fleet.snapshots(clock()), [], as_openmetrics=False)
+        return b"".join(collector.render(fleet.snapshots(clock()), [], as_openmetrics=False))
 
     num_series = sum(not line.startswith(b"#") for line in render().splitlines() if line.startswith(b"maxact_"))
     assert num_series >= NUM_SERIES, num_series
@@ -161,7 +165,7 @@ def measure_ingest() -> dict[str, float]:
         bare = _run_load(address, **flood)
         bare_cpu = (_cpu_seconds(server.pid) - before) / bare["windows"]
         server.terminate()
-    data = wire.encode_window(_window(1000)).SerializeToString()
+    data = wire.encode_window(replace(_window(1000), lifetime=None)).SerializeToString()
     nested, nested_data = _nested(_window(1000))
 
     def decode_nested() -> Any:
@@ -183,7 +187,7 @@ def _merging(engines: int) -> Callable[[], Any]:
     """Merges and judges the next window of one engine after another."""
     fleet = Fleet(make_settings())
     pairs = itertools.cycle([fleet.attach(_layout(str(engine), 0, 1000)) for engine in range(engines)])
-    window = _window(1000)
+    window = replace(_window(1000), lifetime=None)
 
     def merge() -> None:
         engine, rank = next(pairs)
@@ -197,7 +201,8 @@ class _Acknowledging(telemetry_pb2_grpc.TelemetryServiceServicer):
         await context.read()
         await context.write(pb.StreamResponse(layout_accepted=pb.LayoutAccepted(layout_id=1)))
         while (request := await context.read()) is not grpc.aio.EOF:
-            await context.write(pb.StreamResponse(window_ack=pb.WindowAck(sequence=request.window.sequence)))
+            if not request.window.acknowledge_later:
+                await context.write(pb.StreamResponse(window_ack=pb.WindowAck(sequence=request.window.sequence)))
 
 
 async def _acknowledge() -> None:
@@ -288,38 +293,51 @@ async def _send_load(
     *, address: str, engines: int, ranks: int, num_sites: int, interval: float, seconds: float
 ) -> dict[str, float]:
     latencies: list[float] = []
+    sent: list[int] = []
     started = time.monotonic()
     layouts = [_layout(str(engine), rank, num_sites, ranks) for engine in range(engines) for rank in range(ranks)]
     delays = np.random.default_rng(0).uniform(0, interval, len(layouts))
     await asyncio.gather(
         *(
-            _stream(address, layout, delay, interval, started + seconds, latencies)
+            _stream(address, layout, delay, interval, started + seconds, latencies, sent)
             for layout, delay in zip(layouts, delays, strict=True)
         )
     )
     p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
-    return {"windows": len(latencies), "seconds": time.monotonic() - started, "p50_ms": p50, "p99_ms": p99}
+    return {"windows": sum(sent), "seconds": time.monotonic() - started, "p50_ms": p50, "p99_ms": p99}
 
 
 async def _stream(
-    address: str, layout: wire.Layout, delay: float, interval: float, until: float, latencies: list[float]
+    address: str,
+    layout: wire.Layout,
+    delay: float,
+    interval: float,
+    until: float,
+    latencies: list[float],
+    windows: list[int],
 ) -> None:
-    """One worker: a window every ``interval`` seconds, or whenever the last one is acknowledged."""
+    """One worker: a window every ``interval`` seconds, or as fast as they are acknowledged."""
     options = [("grpc.use_local_subchannel_pool", 1)]  # a connection of its own, as a process of its own would have
     async with grpc.aio.insecure_channel(address, options) as channel:
         call = telemetry_pb2_grpc.TelemetryServiceStub(channel).Stream()
         await call.write(wire.encode_layout(layout))
         layout_id = (await call.read()).layout_accepted.layout_id
         request = wire.encode_window(_window(len(layout.sites), layout_id))
+        histogram = _histogram(len(layout.sites)) if interval else b""
         due = time.monotonic() + delay
         while due < until:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             sent = time.monotonic()
+            request.window.acknowledge_later = request.window.sequence % ACKNOWLEDGE_EVERY != 0
             await call.write(request)
-            assert (await call.read()).window_ack.sequence == request.window.sequence
-            latencies.append(time.monotonic() - sent)
+            if not request.window.acknowledge_later:
+                assert (await call.read()).window_ack.sequence == request.window.sequence
+                latencies.append(time.monotonic() - sent)
             request.window.sequence += 1
+            request.window.lifetime = b""  # only a stream's first window has it
+            request.window.histogram = histogram if request.window.sequence % HISTOGRAM_EVERY == 0 else b""
             due = max(due + interval, sent)
+        windows.append(request.window.sequence - 1)
         await call.done_writing()
 
 
@@ -332,9 +350,17 @@ def _layout(engine: str, rank: int, num_sites: int, ranks: int = 1) -> wire.Layo
     return wire.Layout(model="m", engine=engine, instance=f"i{engine}", sites=sites, tp_rank=rank, tp_size=ranks)
 
 
+def _histogram(num_sites: int) -> bytes:
+    """Of normally distributed activations, for a thousand elements per site."""
+    drawn = np.abs(np.random.default_rng(0).normal(size=1000))
+    counts, _ = np.histogram(drawn, [0.0, *stats.BIN_EDGES[1:], np.inf])
+    return np.tile(counts.astype("<f4"), num_sites).tobytes()
+
+
 def _window(num_sites: int, layout_id: int = 0) -> wire.Window:
     values = np.abs(np.random.default_rng(0).normal(size=(len(stats.PHASES), num_sites, len(stats.STATS))))
     values[..., stats.MIN] *= -1
+    values[..., stats.NONFINITE] = 0
     return wire.Window(
         layout_id=layout_id,
         sequence=1,

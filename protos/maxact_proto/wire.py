@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -95,8 +95,8 @@ class Window:
     """Token rows that went through the model, per phase."""
     values: stats.Values
     """float32 ``[num_phases, num_sites, num_stats]``."""
-    lifetime: stats.Values
-    """float32 ``[num_phases, num_sites, 2]``: (max, min) since the worker started."""
+    lifetime: stats.Values | None
+    """float32 ``[num_phases, num_sites, 2]``: (max, min) since the worker started; in the first window of a stream."""
     coalesced: int = 0
     histogram: Histogram | None = None
     """Elements by magnitude since the last window that had one; None in most."""
@@ -104,6 +104,14 @@ class Window:
     """int64 ``[num_phases, num_sites, num_counts]``; None without tokens or static scales."""
     cached: int = 0
     """Tokens taken from the prefix cache: they were never computed."""
+    acknowledge_later: bool = False
+    """The acknowledgement of a later window covers this one."""
+
+    @property
+    def phases(self) -> slice:
+        """From the first to the last phase with tokens: what is sent of ``values``, the others saw nothing."""
+        seen = [phase for phase, count in enumerate(self.tokens) if count]
+        return slice(seen[0], seen[-1] + 1) if seen else slice(0, 0)
 
 
 def encode_layout(layout: Layout) -> pb.StreamRequest:
@@ -214,14 +222,20 @@ def encode_window(window: Window) -> pb.StreamRequest:
             start_seconds=window.start_seconds,
             end_seconds=window.end_seconds,
             tokens=window.tokens,
-            values=np.ascontiguousarray(window.values, _FLOAT32).tobytes(),
-            lifetime=np.ascontiguousarray(window.lifetime, _FLOAT32).tobytes(),
+            values=_columns(window.values[window.phases]),
+            lifetime=b"" if window.lifetime is None else _columns(window.lifetime),
             coalesced=window.coalesced,
             histogram=b"" if window.histogram is None else window.histogram.astype(_FLOAT32).tobytes(),
             counts=b"" if window.counts is None else window.counts.astype(_INT64).tobytes(),
             cached=window.cached,
+            acknowledge_later=window.acknowledge_later,
         )
     )
+
+
+def _columns(values: stats.Values) -> bytes:
+    """``[phases, sites, stats]`` one statistic after the other: what merges and checks them is several times faster."""
+    return np.ascontiguousarray(values.transpose(2, 0, 1), _FLOAT32).tobytes()
 
 
 def decode_window(message: pb.Window, num_sites: int) -> Window:
@@ -237,19 +251,26 @@ def decode_window(message: pb.Window, num_sites: int) -> Window:
         raise WireError("window.start_seconds", f"[{message.start_seconds}, {message.end_seconds}] is not a time span")
     if message.sequence == 0:
         raise WireError("window.sequence", "is 0, counting starts at 1")
-    return Window(
+    window = Window(
         layout_id=message.layout_id,
         sequence=message.sequence,
         start_seconds=message.start_seconds,
         end_seconds=message.end_seconds,
         tokens=tuple(message.tokens),
-        values=_array("window.values", message.values, (len(stats.PHASES), num_sites, len(stats.STATS))),
-        lifetime=_array("window.lifetime", message.lifetime, (len(stats.PHASES), num_sites, stats.NUM_EXTREMA)),
+        values=_NOTHING,
+        lifetime=None,
         coalesced=message.coalesced,
         histogram=_histogram(message.histogram, num_sites) if message.histogram else None,
         counts=_counts(message.counts, num_sites) if message.counts else None,
         cached=message.cached,
+        acknowledge_later=message.acknowledge_later,
     )
+    columns = _array("window.values", message.values, len(stats.STATS), window.phases, num_sites)
+    window.values = columns.transpose(1, 2, 0)
+    if message.lifetime:
+        extrema = _array("window.lifetime", message.lifetime, stats.NUM_EXTREMA, slice(0, len(stats.PHASES)), num_sites)
+        window.lifetime = extrema.transpose(1, 2, 0)
+    return window
 
 
 def _counts(data: bytes, num_sites: int) -> stats.Counts:
@@ -275,14 +296,25 @@ def _histogram(data: bytes, num_sites: int) -> Histogram:
     return counts
 
 
-def _array(field: str, data: bytes, shape: tuple[int, ...]) -> stats.Values:
+def _array(field: str, data: bytes, num_columns: int, phases: slice, num_sites: int) -> npt.NDArray[np.float32]:
+    """``[columns, phases, sites]`` of all phases from those that were sent."""
+    shape = (num_columns, phases.stop - phases.start, num_sites)
     _check_size(field, data, shape, _FLOAT32)
-    # One column after the other in memory: what checks and merges them is several times faster than on rows.
-    columns = np.frombuffer(data, _FLOAT32).reshape(shape).transpose(2, 0, 1).copy()
-    # False for a NaN too. A sum of squares may overflow to infinity; the identities of max and min are -inf and inf.
-    possible = columns[stats.MAX].max() < np.inf and columns[stats.MIN].min() > -np.inf
-    if not (possible and columns[stats.NUM_EXTREMA :].min(initial=0.0) >= 0):
-        raise WireError(
-            field, "holds a NaN" if np.isnan(columns).any() else "holds an infinite extremum or a negative sum"
-        )
-    return columns.transpose(1, 2, 0)
+    sent = np.frombuffer(data, _FLOAT32).reshape(shape)
+    if sent.size:
+        # False for a NaN too. A sum of squares may overflow to infinity; max and min begin at -inf and inf.
+        possible = sent[stats.MAX].max() < np.inf and sent[stats.MIN].min() > -np.inf
+        if not (possible and sent[stats.NUM_EXTREMA :].min(initial=0.0) >= 0):
+            raise WireError(
+                field, "holds a NaN" if np.isnan(sent).any() else "holds an infinite extremum or a negative sum"
+            )
+    if shape[1] == len(stats.PHASES):
+        return sent
+    columns = np.empty((num_columns, len(stats.PHASES), num_sites), np.float32)
+    columns[:] = _IDENTITIES[:num_columns, None, None]
+    columns[:, phases] = sent
+    return columns
+
+
+_NOTHING: Final = stats.empty(0)
+_IDENTITIES: Final = stats.empty(1)[0, 0]

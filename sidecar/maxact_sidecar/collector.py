@@ -8,7 +8,7 @@ that is not known is an absent series, never a sentinel.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -80,10 +80,12 @@ class Collector:
         *,
         as_openmetrics: bool,
         details: Collection[Detail] = (),
-    ) -> bytes:
-        """One scrape, in the Prometheus text format or in OpenMetrics; ``details``: with these of `DETAIL`."""
+    ) -> Iterator[bytes]:
+        """One scrape, in the Prometheus text format or in OpenMetrics; ``details``: with these of `DETAIL`.
+
+        In parts: a large fleet's is 20 MB, which need not be there at once.
+        """
         started = time.perf_counter()
-        parts: list[bytes] = []
         room = self._settings.max_series
         dropped = 0
         templates: dict[tuple[str, int], _Template] = {}
@@ -96,16 +98,14 @@ class Collector:
                 if shown:
                     key = (family.name, part)
                     templates[key] = template = _template(family, keys, sets, known, self._templates.get(key))
-                    parts.append(head + template.text % tuple(values[known].tolist()))
+                    yield head + template.text % tuple(values[known].tolist()) + b"\n"
                     head = b""
         self._templates = templates
         self._metrics.series.set(self._settings.max_series - room)
         self._metrics.series_dropped.inc(dropped)
         # What this scrape cost is shown by the next one.
-        own: bytes = (openmetrics if as_openmetrics else text_format).generate_latest(self._metrics.registry)
-        body = b"\n".join((*parts, own))
+        yield (openmetrics if as_openmetrics else text_format).generate_latest(self._metrics.registry)
         self._metrics.render_seconds.observe(time.perf_counter() - started)
-        return body
 
     def _series(
         self, family: Family, snapshots: Sequence[Snapshot], cards: Sequence[LoadedCard]

@@ -52,6 +52,9 @@ class Fleet:
         named ``engine@instance``; one that comes after the first has gone is its restart. Another model under another
         name is another engine, and the former one goes stale; under the same name it is a restart, with a warning.
         """
+        # Most workers hold the same sites: one table instead of 512 saves a fleet 75 MB.
+        tables = (table for engine in self._engines.values() for table in engine.site_tables)
+        layout = replace(layout, sites=next((table for table in tables if table == layout.sites), layout.sites))
         key = (layout.model, self._label(layout))
         engine = self._engines.get(key)
         if engine is None:

@@ -189,6 +189,11 @@ def _evidence(table: FlagTable, of: Sequence[Criterion], row: int, site: int) ->
     )
 
 
+def _no_flags(num_criteria: int, num_sites: int) -> FlagTable:
+    """``[M, S]``: read-only zeros that take no memory, as long as none was ever raised."""
+    return np.broadcast_to(np.zeros((), FLAG), (num_criteria, num_sites))
+
+
 class Flags:
     """The flags of one engine. Not thread-safe: the engine's lock guards it."""
 
@@ -200,13 +205,17 @@ class Flags:
         self.limit = np.zeros((len(self.criteria), 0))
         self.typical = self.limit
         # Of a flag, the number of windows is kept less those of its site, so that a window adds to one number per site.
-        self._table: FlagTable = np.zeros((len(self.criteria), 0), FLAG)
+        self._table: FlagTable = _no_flags(len(self.criteria), 0)
         self._windows = np.zeros(0, np.int32)
         self._ceiling = self.limit
+        self.exceedings = 0
+        """How often anything was beyond a threshold."""
 
     @property
     def table(self) -> FlagTable:
-        """``[M, S]``, a copy."""
+        """``[M, S]``, which does not change any more."""
+        if not self._table.flags.writeable:
+            return self._table
         table = self._table.copy()
         table["windows"] += self._windows * (table["first_exceeded"] > 0)
         return table
@@ -219,7 +228,9 @@ class Flags:
 
     def add_sites(self, flags: FlagTable) -> None:
         """Append sites with the flags they had, ``[M, S']``; positions of the others stay."""
-        self._table = np.concatenate([self._table, flags], axis=1)
+        some = self._table.flags.writeable or flags["first_exceeded"].any()
+        num_sites = self._table.shape[1] + flags.shape[1]
+        self._table = np.concatenate([self._table, flags], axis=1) if some else _no_flags(len(flags), num_sites)
         self._windows = np.append(self._windows, np.zeros(flags.shape[1], np.int32))
 
     def set_limits(self, limit: npt.NDArray[np.float64], typical: npt.NDArray[np.float64]) -> None:
@@ -228,7 +239,8 @@ class Flags:
         self.typical = typical
         judged = np.isfinite(self.limit)
         self._ceiling = np.where(judged, self.limit / self._raise_below, np.inf)
-        self._table["active"] &= judged
+        if self._table.flags.writeable:
+            self._table["active"] &= judged
 
     @property
     def active(self) -> npt.NDArray[np.bool_]:
@@ -257,6 +269,7 @@ class Flags:
         exceeded = judged > self._ceiling[:, index]
         if not exceeded.any():
             return []
+        self.exceedings += 1
         row, local = np.nonzero(exceeded)
         site = np.arange(self._table.shape[1])[index][local]
         worst = np.broadcast_to(judged, exceeded.shape)[row, local]
@@ -272,6 +285,8 @@ class Flags:
         *,
         count: bool,
     ) -> list[Evidence]:
+        if not self._table.flags.writeable:
+            self._table = self._table.copy()
         table = self._table
         at = (row, site)
         fresh = ~table["active"][at]
@@ -319,6 +334,8 @@ class Flags:
     def settle(self, absmax: Floats, now: Instant) -> list[Evidence]:
         """Clear what may be cleared given ``absmax [S]`` over the hold horizon (``-inf``: no tokens); what was."""
         cleared = self._may_clear(now) & ~(self._magnitude(absmax) > self.limit / self._clear_at)
+        if not cleared.any():
+            return []
         self._table["active"][cleared] = False
-        table = self.table if cleared.any() else self._table
+        table = self.table
         return [_evidence(table, self.criteria, *position) for position in np.argwhere(cleared)]

@@ -21,10 +21,10 @@ from maxact_sidecar.headroom import Instant
 from maxact_sidecar.snapshot import SiteKey
 from maxact_sidecar.store import EngineKey
 
-_ROWS: Final = 240
-"""Even. 64 engines of 1,000 sites take 61 MB."""
+_ROWS: Final = 120
+"""Even. 64 engines of 1,000 sites take 31 MB."""
 _MOST_SITES: Final = 100_000
-"""Of all engines: 96 MB."""
+"""Of all engines: 48 MB."""
 _STEP_SECONDS: Final = 5.0
 
 Current = tuple[tuple[SiteKey, ...], npt.NDArray[np.float32]]

@@ -6,9 +6,9 @@ that windows go on being merged meanwhile: it works on snapshots. What changes s
 
 from __future__ import annotations
 
-import gzip
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Annotated
 
@@ -75,12 +75,12 @@ def make_app(fleet: Fleet, collector: Collector, gate: Gate, *, by_own_names: bo
         """Prometheus text format, or OpenMetrics where the client accepts it."""
         as_openmetrics = "application/openmetrics-text" in request.headers.get("accept", "")
         snapshots = fleet.snapshots(clock(), ranks_apart="rank" in detail)
-        body = collector.render(snapshots, fleet.cards, as_openmetrics=as_openmetrics, details=detail)
+        parts = collector.render(snapshots, fleet.cards, as_openmetrics=as_openmetrics, details=detail)
         headers = {"Content-Type": OPENMETRICS if as_openmetrics else TEXT, "Vary": "Accept, Accept-Encoding"}
         if re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", request.headers.get("accept-encoding", "")):
-            body = gzip.compress(body, compresslevel=1)
             headers["Content-Encoding"] = "gzip"
-        return Response(body, headers=headers)
+            return Response(_gzipped(parts), headers=headers)
+        return Response(b"".join(parts), headers=headers)
 
     @app.get("/-/healthy", response_class=PlainTextResponse)
     async def healthy() -> str:
@@ -94,6 +94,11 @@ def make_app(fleet: Fleet, collector: Collector, gate: Gate, *, by_own_names: bo
 
     _add_api(app, fleet)
     return app
+
+
+def _gzipped(parts: Iterable[bytes]) -> bytes:
+    compressor = zlib.compressobj(1, wbits=16 + zlib.MAX_WBITS)
+    return b"".join((*(compressor.compress(part) for part in parts), compressor.flush()))
 
 
 def _add_api(app: FastAPI, fleet: Fleet) -> None:

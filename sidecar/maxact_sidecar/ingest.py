@@ -1,13 +1,14 @@
 """Hop 7/9: the gRPC service: a layout opens a stream, windows come in, each is merged and judged, then acknowledged.
 
-A window is acknowledged after it was merged, never before: what a worker has not seen acknowledged it keeps. What does
-not go as planned has one result each:
+A window is acknowledged after it was merged, never before: what a worker has not seen acknowledged it keeps. Workers
+ask for that with every few windows, and an acknowledgement stands for all windows before: writing one costs a gRPC
+server nearly as much as reading a window. What does not go as planned has one result each:
 
 - a message that breaks a limit of the wire ends its stream with INVALID_ARGUMENT and is counted by field;
 - a second stream of the same worker: the first is dead, nothing that still comes out of it is merged, or the window
   that is sent again would count twice;
 - a sequence number that was merged before, or is below one that was: acknowledged, counted as repeated, not merged; a
-  gap: merged, and what the lost windows held of high-water marks came with the lifetime extrema of the next;
+  gap: merged; the first window of a stream brings the lifetime extrema of its worker, so none of them is ever missed;
 - vLLM restarts (another instance, the former one gone): counters and marks go on, statistics and site table begin anew;
 - another model: another engine, and the former one goes stale; under the same name a restart, and a warning;
 - a worker is lost: its rank is down, its values fade with the hold horizon, the others go on; when it comes back with
@@ -86,26 +87,36 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a token of the sidecar's grpc_token_file is needed")
 
     async def _serve(self, context: Any) -> None:
-        try:
-            request = await asyncio.wait_for(context.read(), LAYOUT_SECONDS)
-        except TimeoutError:
-            raise wire.WireError("layout", f"did not come within {LAYOUT_SECONDS:g} s") from None
-        if request is grpc.aio.EOF:
+        attached = await self._attach(context)
+        if attached is None:
             return
-        if not request.HasField("layout"):
-            raise wire.WireError("layout", "is missing: it must be the first message of a stream")
-        layout = wire.decode_layout(request.layout)
-        engine, rank = self._fleet.attach(layout)
-        who = {"model": layout.model, "engine": engine.label, "rank": layout.rank}
+        engine, rank = attached
+        who = {"model": rank.layout.model, "engine": engine.label, "rank": rank.layout.rank}
         _log.info(
             "worker connected model=%(model)s engine=%(engine)s rank=%(rank)s sites=%(sites)d vllm=%(vllm)s",
-            {**who, "sites": len(layout.sites), "vllm": layout.vllm_version},
+            {**who, "sites": len(rank.layout.sites), "vllm": rank.layout.vllm_version},
         )
         try:
             await self._receive(context, engine, rank)
         finally:
             engine.detach(rank, clock())
             _log.info("worker gone model=%(model)s engine=%(engine)s rank=%(rank)s", who)
+
+    async def _attach(self, context: Any) -> tuple[Engine, RankState] | None:
+        """The engine and rank of the layout that comes first; None where the stream ends before.
+
+        Neither the message nor its site table is held on to while the stream lasts: for 512 workers of 1,000 sites
+        they take 200 MB, and most workers have the same table.
+        """
+        try:
+            request = await asyncio.wait_for(context.read(), LAYOUT_SECONDS)
+        except TimeoutError:
+            raise wire.WireError("layout", f"did not come within {LAYOUT_SECONDS:g} s") from None
+        if request is grpc.aio.EOF:
+            return None
+        if not request.HasField("layout"):
+            raise wire.WireError("layout", "is missing: it must be the first message of a stream")
+        return self._fleet.attach(wire.decode_layout(request.layout))
 
     async def _receive(self, context: Any, engine: Engine, rank: RankState) -> None:
         generation = rank.generation
@@ -116,9 +127,13 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
             # A stream lasts for weeks: one whose token was withdrawn ends with its next window.
             if not self._admits(context):
                 await self._refuse(context)
-            await context.write(self._merge(request, layout_id, engine, rank))
+            merged = self._merge(request, layout_id, engine, rank)
+            del request  # a fleet that waits for its next windows need not hold the last ones
+            if merged is not None:
+                await context.write(pb.StreamResponse(window_ack=pb.WindowAck(sequence=merged)))
 
-    def _merge(self, request: Any, layout_id: int, engine: Engine, rank: RankState) -> Any:
+    def _merge(self, request: Any, layout_id: int, engine: Engine, rank: RankState) -> int | None:
+        """The sequence number that is to be acknowledged now."""
         if not request.HasField("window"):
             raise wire.WireError("window", "is missing: every message after the layout is a window")
         with self._metrics.ingest_seconds.time():
@@ -132,7 +147,7 @@ class Telemetry(telemetry_pb2_grpc.TelemetryServiceServicer):
             self._metrics.window_lag_seconds.observe(max(0.0, now.wall - window.end_seconds))
         else:
             self._metrics.windows_repeated.inc()
-        return pb.StreamResponse(window_ack=pb.WindowAck(sequence=window.sequence))
+        return None if window.acknowledge_later else window.sequence
 
 
 HANDSHAKE_SECONDS: Final = 10.0
@@ -143,6 +158,8 @@ SPARE_CONNECTIONS: Final = 64
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    # Pings that measure the bandwidth take a quarter of what gRPC costs here; a window a second needs little of it.
+    ("grpc.http2.bdp_probe", 0),
     ("grpc.so_reuseport", 0),  # a second sidecar on the same port must fail, not share it in silence
     # A worker whose machine vanished closes nothing: ask, so that it counts as gone within 40 s.
     ("grpc.keepalive_time_ms", 30_000),

@@ -9,8 +9,9 @@ Each rank accumulates on its own (`RankState`, a handful of numpy calls per wind
 - tokens and non-finite token rows are the largest of any rank: every rank of an engine computes the same tokens, and a
   row that is non-finite in several slices is still one row.
 
-The hold horizon is kept as two half-horizon buckets, float32: a gauge needs no more, and a fleet of 512 workers of
-1,000 sites holds 96 kB less for each. Totals are float64. Shapes: P phases, S sites.
+The hold horizon is kept as two half-horizon buckets, float32: a gauge needs no more, and a window touches little
+memory. What leaves it is added to a float64 total, so the sums since a worker started are those of the past and of both
+buckets. Shapes: P phases, S sites.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from maxact_sidecar.headroom import Index
 
 Extrema = npt.NDArray[np.float32]
 """``[2, P, S]``: (max, -min), so that both merge by maximum and the larger is absmax; -inf where nothing was seen."""
-Sums = npt.NDArray[np.floating]
+Sums = npt.NDArray[np.float64]
 """``[4, P, S]``: the rows below."""
 SQUARES, MAGNITUDES, NONFINITE, TOKENS = range(4)
 Counts = stats.Counts
@@ -45,9 +46,9 @@ def empty_extrema(num_sites: int) -> Extrema:
     return np.full((2, len(stats.PHASES), num_sites), -np.inf, np.float32)
 
 
-def _extrema(columns: npt.NDArray[np.float32]) -> Extrema:
-    """`Extrema` from (max, min) columns ``[2, P, S]``; a new array."""
-    extrema = columns.copy()
+def _extrema(values: stats.Values) -> Extrema:
+    """`Extrema` from (max, min, ...) ``[P, S, ..]``; a new array."""
+    extrema = values[..., : stats.NUM_EXTREMA].transpose(2, 0, 1).copy()
     np.negative(extrema[1], out=extrema[1])
     return extrema
 
@@ -112,6 +113,55 @@ class Statistics:
         return mean
 
 
+class _Running:
+    """Sums over some time. What is the same for all sites, or nearly always zero, is not stored for each."""
+
+    def __init__(self, num_sites: int, dtype: type[np.floating]) -> None:
+        self.energies = np.zeros((2, len(stats.PHASES), num_sites), dtype)
+        """``[2, P, S]``: squares and magnitudes."""
+        self.tokens = np.zeros(len(stats.PHASES), np.int64)
+        """Of the windows."""
+        self.rare: npt.NDArray[np.float64] | None = None
+        """``[2, P, S]``: non-finite token rows, and tokens of windows in which the site saw none."""
+
+    def add(self, window: wire.Window) -> None:
+        """Add what a window holds."""
+        phases = window.phases
+        columns, tokens = window.values.transpose(2, 0, 1)[:, phases], np.array(window.tokens, np.int64)
+        energies = columns[stats.SUM_SQUARES : stats.NONFINITE]
+        if columns[stats.SUM_SQUARES].max(initial=0.0) >= _LARGEST:
+            energies = np.minimum(energies, _LARGEST)
+        self.energies[:, phases] += energies
+        self.tokens += tokens
+        seen, nonfinite = columns[stats.MAX] > -np.inf, columns[stats.NONFINITE]
+        if not seen.all() or nonfinite.any():
+            missed = ~(seen | (nonfinite > 0)) * tokens[phases, None]
+            self._add_rare(phases, np.stack([nonfinite, missed]))
+
+    def absorb(self, other: _Running) -> None:
+        """Add what another one holds."""
+        self.energies += other.energies
+        self.tokens += other.tokens
+        if other.rare is not None:
+            self._add_rare(slice(None), other.rare)
+
+    def _add_rare(self, phases: slice, rare: npt.NDArray[np.floating]) -> None:
+        if rare.any():
+            if self.rare is None:
+                self.rare = np.zeros(self.energies.shape)
+            self.rare[:, phases] += rare
+
+    def full(self) -> npt.NDArray[np.float64]:
+        """All rows, ``[4, P, S]``."""
+        sums = np.zeros((4, *self.energies.shape[1:]))
+        sums[:NONFINITE] = self.energies
+        sums[TOKENS] = self.tokens[:, None]
+        if self.rare is not None:
+            sums[NONFINITE] = self.rare[0]
+            sums[TOKENS] -= self.rare[1]
+        return sums
+
+
 class RankState:
     """What one worker sent since it started. Not thread-safe: the engine's lock guards it."""
 
@@ -132,31 +182,33 @@ class RankState:
         self.tokens = np.zeros(len(stats.PHASES), np.int64)
         self.cached = 0
         """Tokens that were taken from the prefix cache."""
-        self.lifetime = empty_extrema(len(layout.sites))
-        self.total: Sums = np.zeros((4, len(stats.PHASES), len(layout.sites)))
+        num_sites = len(layout.sites)
+        self.lifetime = empty_extrema(num_sites)
+        self.marks = 0
+        """How often an extremum of the lifetime rose."""
         self._period = 0
-        self._buckets = [empty_extrema(len(layout.sites)) for _ in range(2)]
-        self._sums = [self._no_sums() for _ in range(2)]
+        self._extrema = [empty_extrema(num_sites) for _ in range(2)]
+        self._sums = [_Running(num_sites, np.float32) for _ in range(2)]
+        self._past = _Running(num_sites, np.float64)
+        """Sums before those of the hold horizon."""
         # Nothing without static scales: a fleet need not hold zeros.
         self._num_counts = len(stats.COUNTS) if any(site.limit is not None for site in layout.sites) else 0
         self._total_counts = self._no_counts()
         self._counts = [self._no_counts() for _ in range(2)]
 
     def _no_counts(self) -> Counts:
-        return np.zeros((*self.total.shape[1:], self._num_counts), np.int64)
-
-    def _no_sums(self) -> Sums:
-        return np.zeros(self.total.shape, np.float32)
+        return np.zeros((*self.lifetime.shape[1:], self._num_counts), np.int64)
 
     def merge(self, window: wire.Window, period: int, seconds: float) -> Extrema:
         """Merge a window that arrived in half-horizon number ``period``, at epoch ``seconds``; its extrema."""
-        columns = window.values.transpose(2, 0, 1)
-        extrema = _extrema(columns[: stats.NUM_EXTREMA])
+        extrema = _extrema(window.values)
         self.rotate(period)
-        np.maximum(self._buckets[-1], extrema, out=self._buckets[-1])
-        np.maximum(self.lifetime, extrema, out=self.lifetime)
-        np.maximum(self.lifetime, _extrema(window.lifetime.transpose(2, 0, 1)), out=self.lifetime)
-        self._add(columns[stats.NUM_EXTREMA :], extrema[0] > -np.inf, np.array(window.tokens, np.int64))
+        np.maximum(self._extrema[-1], extrema, out=self._extrema[-1])
+        self._raise(extrema)
+        if window.lifetime is not None:
+            self._raise(_extrema(window.lifetime))
+        self._sums[-1].add(window)
+        self.tokens += np.array(window.tokens, np.int64)
         if self._num_counts and window.counts is not None:
             self._total_counts += window.counts
             self._counts[-1] += window.counts
@@ -167,39 +219,39 @@ class RankState:
         self.coalesced += window.coalesced
         return extrema
 
-    def _add(self, sums: npt.NDArray[np.float32], seen: npt.NDArray[np.bool_], tokens: npt.NDArray[np.int64]) -> None:
-        finite = sums if sums[SQUARES].max() < _LARGEST else np.minimum(sums, _LARGEST)
-        rows = (seen | (sums[NONFINITE] > 0)) * tokens[:, None]
-        self.total[:TOKENS] += finite
-        self.total[TOKENS] += rows
-        self._sums[-1][:TOKENS] += finite
-        self._sums[-1][TOKENS] += rows
-        self.tokens += tokens
+    def _raise(self, extrema: Extrema) -> None:
+        if (extrema > self.lifetime).any():
+            self.marks += 1
+            np.maximum(self.lifetime, extrema, out=self.lifetime)
 
     def rotate(self, period: int) -> None:
-        """Forget what is older than the hold horizon."""
+        """Forget what is older than the hold horizon, but for the sums of all time."""
         if period == self._period:
             return
         adjacent = period == self._period + 1
         self._period = period
         num_sites = len(self.layout.sites)
-        self._buckets = [self._buckets[-1] if adjacent else empty_extrema(num_sites), empty_extrema(num_sites)]
-        self._sums = [self._sums[-1] if adjacent else self._no_sums(), self._no_sums()]
+        for over in self._sums[:1] if adjacent else self._sums:
+            self._past.absorb(over)
+        self._extrema = [self._extrema[-1] if adjacent else empty_extrema(num_sites), empty_extrema(num_sites)]
+        fresh = [_Running(num_sites, np.float32) for _ in range(1 if adjacent else 2)]
+        self._sums = [*self._sums[1:], *fresh][-2:]
         self._counts = [self._counts[-1] if adjacent else self._no_counts(), self._no_counts()]
 
     def hold_extrema(self) -> Extrema:
         """Extrema over the hold horizon, a new array."""
-        return np.maximum(*self._buckets)
+        return np.maximum(*self._extrema)
 
     def part(self, *, hold: bool) -> Part:
         """A copy of the statistics over the hold horizon, or since the worker started."""
+        sums = self._sums[0].full() + self._sums[1].full()
         return Part(
             order=(self.layout.tp_rank, self.layout.pp_rank),
             index=self.index,
             widths=self.widths,
             sharded=self.sharded,
             extrema=self.hold_extrema() if hold else self.lifetime.copy(),
-            sums=np.add(*self._sums, dtype=np.float64) if hold else self.total.copy(),
+            sums=sums if hold else sums + self._past.full(),
             counts=np.add(*self._counts) if hold else self._total_counts.copy(),
         )
 
@@ -219,8 +271,8 @@ class Part:
 
 
 def no_counts(num_sites: int) -> Counts:
-    """Counts of sites without static scales, ``[P, S, counts]``."""
-    return np.zeros((len(stats.PHASES), num_sites, len(stats.COUNTS)), np.int64)
+    """Counts of sites without static scales, ``[P, S, counts]``; read-only zeros that take no memory."""
+    return np.broadcast_to(np.int64(0), (len(stats.PHASES), num_sites, len(stats.COUNTS)))
 
 
 def merge_ranks(parts: Iterable[Part], num_sites: int) -> Statistics:
@@ -237,5 +289,6 @@ def merge_ranks(parts: Iterable[Part], num_sites: int) -> Statistics:
         elements[:, at] += (part.sums[TOKENS] - part.sums[NONFINITE]) * part.widths * first
         sums[NONFINITE:, :, at] = np.maximum(sums[NONFINITE:, :, at], part.sums[NONFINITE:])
         if part.counts.shape[-1]:
+            counts = counts if counts.flags.writeable else counts.copy()
             counts[:, at] += part.counts * first[..., None]
     return Statistics(extrema=extrema, sums=sums, elements=elements, counts=counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import resource
@@ -30,6 +31,7 @@ from maxact_sidecar.tls import make_identities
 
 _SETTLE_SECONDS = 1.0
 _GRACE_SECONDS = 0.5
+_M_ARENA_MAX = -8  # malloc.h
 _OTHER_FILES = 128
 """Beside connections: state, cards, what gRPC and Python hold open."""
 """For the window being merged: streams of workers never end by themselves, and what is not acknowledged comes again."""
@@ -57,6 +59,7 @@ async def serve(read: Callable[[], Settings]) -> None:
     """
     settings = read()
     metrics = SelfMetrics()
+    _use_one_heap()
     os.umask(0o077)  # sockets and state are ours alone
     _allow_files(most_connections(settings) + MAX_CONNECTIONS)
     with contextlib.ExitStack() as stack:
@@ -95,6 +98,12 @@ async def _serve(settings: Settings, read: Callable[[], Settings], metrics: Self
         await http_task
         await settle_task
         await _remember(fleet, store, all_windows=True)
+
+
+def _use_one_heap() -> None:
+    """glibc has a heap for every thread or two; what one of them frees the others do not get."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _allow_files(num_connections: int) -> None:
@@ -158,10 +167,12 @@ async def _settle(fleet: Fleet, store: Store | None, stop: asyncio.Event) -> Non
 async def _remember(fleet: Fleet, store: Store | None, *, all_windows: bool = False) -> None:
     """Write what changed, on a thread: the disk may be slow."""
     if store:
-        engines, loaded = fleet.engines, [card for card in fleet.cards if not card.configured]
+        now, loaded = clock(), [card for card in fleet.cards if not card.configured]
+        everything = all_windows or store.is_behind
+        engines = {key: each for key, each in fleet.engines.items() if everything or each.is_unsaved(now)}
 
         def write() -> None:
-            store.save(((key, each.memory()) for key, each in engines.items()), loaded, all_windows=all_windows)
+            store.save(((key, each.memory(now)) for key, each in engines.items()), loaded, all_windows=all_windows)
 
         await asyncio.to_thread(write)
 

@@ -80,8 +80,8 @@ class Snapshot:
     windows: int
     coalesced: int
     ranks: tuple[RankSnapshot, ...]
-    histogram: npt.NDArray[np.float32]
-    """``[S, bins]``: elements by magnitude over the last minutes, all phases."""
+    histograms: tuple[npt.NDArray[np.float32], ...]
+    """Parts of `histogram`."""
     criteria: tuple[Criterion, ...]
     """``[M]``."""
     limit: npt.NDArray[np.float64]
@@ -98,6 +98,12 @@ class Snapshot:
         return np.where(np.isfinite(absmax), absmax, np.float32(np.nan))
 
     @property
+    def histogram(self) -> npt.NDArray[np.float32]:
+        """``[S, bins]``: elements by magnitude over the last minutes, all phases."""
+        histogram: npt.NDArray[np.float32] = np.sum(self.histograms, axis=0)
+        return histogram
+
+    @property
     def formats(self) -> tuple[Format, ...]:
         """``[F]``: whose cost is estimated."""
         return tuple(FORMATS[criterion.format] for criterion in self.criteria if criterion.format)
@@ -105,15 +111,16 @@ class Snapshot:
     @property
     def zeroed_ratio(self) -> Floats:
         """``[F, S]``: share of elements that round to zero at the scale of absmax; NaN where nothing was counted."""
-        return self._per_format([resolution.zeroed_ratio(self.histogram, self.absmax, each) for each in self.formats])
+        histogram = self.histogram
+        return self._per_format([resolution.zeroed_ratio(histogram, self.absmax, each) for each in self.formats])
 
     @property
     def sqnr_decibels(self) -> Floats:
         """``[F, S]``: signal to quantization noise at the scale of absmax; NaN where nothing was counted."""
-        elements = self.hold.elements.sum(axis=0)
+        histogram, elements = self.histogram, self.hold.elements.sum(axis=0)
         power = self.hold.sums[merge.SQUARES].sum(axis=0) / np.where(elements > 0, elements, np.nan)
         return self._per_format(
-            [resolution.sqnr_decibels(self.histogram, self.absmax, power, each) for each in self.formats]
+            [resolution.sqnr_decibels(histogram, self.absmax, power, each) for each in self.formats]
         )
 
     @property

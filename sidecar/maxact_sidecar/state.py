@@ -9,6 +9,7 @@ belongs to a worker lives in its `RankState`.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ from maxact_sidecar.store import Memory, empty_memory, recall
 _HISTOGRAM_SECONDS = 300.0
 """Horizon of histograms: a sample needs time, and shapes change slowly."""
 _MOST_RANKS = 1024
+_REMEMBER_SECONDS = 60.0
+"""Numbers of windows of calm flags are written this often."""
 _FEWEST_TOKENS = 256
 """Before so many are counted a median is not judged by."""
 
@@ -69,8 +72,11 @@ class Engine:
         self._tokens = np.zeros(len(stats.PHASES), np.int64)
         self._windows = self._coalesced = 0
         self._histograms = [_no_histogram(0), _no_histogram(0)]
-        """Two halves of their horizon, the older first."""
+        """Two halves of their horizon, the older first; never written to, so that snapshots need no copies."""
         self._histogram_period = 0
+        self._is_changed = True
+        self._remembered_at = -math.inf
+        """Steady seconds of the last `memory`."""
 
     @property
     def is_alias(self) -> bool:
@@ -82,6 +88,11 @@ class Engine:
         """True while a rank has a stream."""
         return self.disconnected_at is None
 
+    @property
+    def site_tables(self) -> list[tuple[wire.Site, ...]]:
+        """Of its ranks."""
+        return [rank.layout.sites for rank in self._ranks.values()]
+
     def attach(self, layout: wire.Layout) -> merge.RankState:
         """The state of a worker of this instance, known before or new. Raises `WireError` where its sites changed."""
         keys = [(site.layer, site.name) for site in layout.sites]
@@ -90,9 +101,6 @@ class Engine:
             if rank is None:
                 if len(self._ranks) >= _MOST_RANKS:
                     raise wire.WireError("layout.tensor_parallel_rank", f"{_MOST_RANKS} ranks of this engine are known")
-                # Ranks mostly hold the same sites: one table of them instead of 512 saves a fleet 50 MB.
-                alike = [each.layout.sites for each in self._ranks.values() if each.layout.sites == layout.sites]
-                layout = replace(layout, sites=(alike or [layout.sites])[0])
                 rank = self._ranks[layout.rank] = merge.RankState(layout, self._place(keys))
                 self._name_sites()
                 self._set_limits()
@@ -137,7 +145,10 @@ class Engine:
         none = np.zeros(len(stats.PHASES))
         before = [self._nonfinite_before.get(key, none) for key in fresh]
         self._nonfinite = np.column_stack([self._nonfinite, *before])
-        self._histograms = [np.pad(half, ((0, len(fresh)), (0, 0))) for half in self._histograms]
+        self._histograms = [
+            np.pad(half, ((0, len(fresh)), (0, 0))) if half.any() else _no_histogram(len(self._positions))
+            for half in self._histograms
+        ]
         # A slice is a view; an index array copies. One rank, and ranks in pipeline order, have contiguous sites.
         contiguous = (np.diff(index) == 1).all()
         return slice(int(index[0]), int(index[-1]) + 1) if contiguous else index
@@ -156,27 +167,34 @@ class Engine:
         self._sites = tuple(table[key] for key in self._keys)
 
     def _set_limits(self) -> None:
-        limits, typical = (np.full((len(self._flags.criteria), len(self._keys)), np.nan) for _ in range(2))
-        histogram = np.add(*self._histograms)
-        quantized = np.array([name in resolution.INPUTS_OF_LINEAR_LAYERS for _, name in self._keys])
-        enough = histogram.sum(axis=-1) >= [_FEWEST_TOKENS * site.width for site in self._sites]
-        median = resolution.median(histogram)
+        """All limits, where sites came or what they are judged against changed."""
+        self._fixed_limits = np.full((len(self._flags.criteria), len(self._keys)), np.nan)
         for row, criterion in enumerate(self._flags.criteria):
             match criterion.meaning:
                 case "range":
-                    limits[row] = [self._range_limits.get(key, np.nan) for key in self._keys]
+                    self._fixed_limits[row] = [self._range_limits.get(key, np.nan) for key in self._keys]
                 case "fp16":
-                    limits[row] = FP16_LIMIT
+                    self._fixed_limits[row] = FP16_LIMIT
                 case "saturation":
-                    limits[row] = [np.nan if site.limit is None else site.limit for site in self._sites]
-                case "resolution":
-                    number = FORMATS[criterion.format]
-                    # After a restart there is no histogram at first: a raised flag goes on as it was raised.
-                    worst, limit = self._flags.raised_at(row)
-                    limits[row] = np.where(quantized & enough, resolution.limit(median, number), limit)
-                    if number.block:
-                        largest = resolution.typical_block_maximum(histogram, number)
-                        typical[row] = np.where(quantized & enough, largest, worst)
+                    self._fixed_limits[row] = [np.nan if site.limit is None else site.limit for site in self._sites]
+        self._quantized = np.array([name in resolution.INPUTS_OF_LINEAR_LAYERS for _, name in self._keys])
+        self._enough = np.array([_FEWEST_TOKENS * site.width for site in self._sites])
+        self._set_resolution_limits()
+
+    def _set_resolution_limits(self) -> None:
+        """Those that follow from histograms."""
+        limits, typical = self._fixed_limits.copy(), np.full(self._fixed_limits.shape, np.nan)
+        histogram = np.add(*self._histograms)
+        known = self._quantized & (histogram.sum(axis=-1) >= self._enough)
+        median = resolution.median(histogram)
+        for row, criterion in enumerate(self._flags.criteria):
+            if criterion.meaning == "resolution":
+                number = FORMATS[criterion.format]
+                # After a restart there is no histogram at first: a raised flag goes on as it was raised.
+                worst, limit = self._flags.raised_at(row)
+                limits[row] = np.where(known, resolution.limit(median, number), limit)
+                if number.block:
+                    typical[row] = np.where(known, resolution.typical_block_maximum(histogram, number), worst)
         self._flags.set_limits(limits, typical)
 
     def set_range_limits(self, limits: Mapping[SiteKey, float], now: Instant) -> None:
@@ -195,11 +213,17 @@ class Engine:
 
     def _judge_again(self, now: Instant) -> list[Evidence]:
         self._set_limits()
+        self._is_changed = True
         return self._flags.observe(self._hold_extrema(now), slice(None), now, count=False)
 
-    def memory(self) -> Memory:
+    def is_unsaved(self, now: Instant) -> bool:
+        """True where a mark rose or a flag changed since `memory` was asked for, or that was long ago."""
+        return self._is_changed or now.steady - self._remembered_at >= _REMEMBER_SECONDS
+
+    def memory(self, now: Instant) -> Memory:
         """What is to outlive the engine's workers and this process."""
         with self._lock:
+            self._is_changed, self._remembered_at = False, now.steady
             return self._memory()
 
     def _memory(self) -> Memory:
@@ -220,12 +244,15 @@ class Engine:
         with self._lock:
             if window.sequence <= rank.last_sequence:
                 return False
+            marks = rank.marks
             extrema = rank.merge(window, self._period(now), now.wall)
             self._windows += 1
             self._coalesced += window.coalesced
             if window.histogram is not None:
                 self._add_histogram(window.histogram, rank.index, now)
+            exceedings = self._flags.exceedings
             raised = self._flags.observe(extrema, rank.index, now, count=True)
+            self._is_changed |= rank.marks != marks or self._flags.exceedings != exceedings
         self._announce("raised", raised)
         return True
 
@@ -235,10 +262,12 @@ class Engine:
         if period != self._histogram_period:
             fresh = _no_histogram(len(self._positions))
             adjacent = period == self._histogram_period + 1
-            self._histograms = [self._histograms[-1] if adjacent else fresh.copy(), fresh]
+            self._histograms = [self._histograms[-1] if adjacent else fresh, fresh]
             self._histogram_period = period
-        self._histograms[-1][index] += histogram
-        self._set_limits()
+        grown = self._histograms[-1].copy()
+        grown[index] += histogram
+        self._histograms = [self._histograms[0], grown]
+        self._set_resolution_limits()
 
     def settle(self, now: Instant) -> None:
         """Clear flags whose time has come."""
@@ -246,6 +275,7 @@ class Engine:
             if not self._flags.due(now):
                 return
             cleared = self._flags.settle(peak(self._hold_extrema(now)), now)
+            self._is_changed |= bool(cleared)
         self._announce("cleared", cleared)
 
     def current(self, now: Instant) -> Current:
@@ -280,7 +310,7 @@ class Engine:
                 windows=self._windows,
                 coalesced=self._coalesced,
                 ranks=tuple(_rank_snapshot(rank) for rank in ranks),
-                histogram=np.add(*self._histograms),
+                histograms=tuple(self._histograms),
                 criteria=flags.criteria,
                 limit=flags.limit,
                 typical=flags.typical,
@@ -344,7 +374,7 @@ class Engine:
 
 
 def _no_histogram(num_sites: int) -> wire.Histogram:
-    return np.zeros((num_sites, stats.NUM_BINS), np.float32)
+    return np.broadcast_to(np.float32(0), (num_sites, stats.NUM_BINS))
 
 
 _NOTHING = merge.merge_ranks([], 0)

@@ -1,8 +1,8 @@
 """What a sidecar remembers over its own end: high-water marks, flags and cards, in one SQLite file.
 
-Only what changed is written, about once a second and not before a window is acknowledged: every window of a worker
-carries its lifetime extrema, so what was not yet written comes back with the next window of a worker that lives on. A
-mark is lost only where a worker and the sidecar die within the same second.
+Only what changed is written, about once a second and not before a window is acknowledged: the first window of a stream
+carries the lifetime extrema of its worker, so what was not yet written comes back from a worker that lives on. A mark
+is lost only where a worker and the sidecar die within the same second.
 
 Before start, a folder that cannot be used is an error. Later nothing stops the sidecar: what cannot be written (disk
 full, file system read-only) stays in memory and is tried again; a damaged file is kept under another name, one that
@@ -177,6 +177,11 @@ class Store:
                 continue
             self._cards.append(LoadedCard(name=name, served_model=model, card=card))
         return list(self._cards)
+
+    @property
+    def is_behind(self) -> bool:
+        """True where the file may lack what former calls of `save` were given: engines that did not change, too."""
+        return self._failing or not self._path.exists()
 
     def save(
         self, engines: Iterable[tuple[EngineKey, Memory]], cards: Sequence[LoadedCard], *, all_windows: bool = False
@@ -363,7 +368,7 @@ def _shared(memory: Memory, before: Memory) -> int:
 
 def _as_written(memory: Memory, before: Memory, changed: npt.NDArray[np.bool_]) -> Memory:
     """``memory`` with the flags that are in the file, where they were not worth writing; its own are written over."""
-    if not (known := _shared(memory, before)):
+    if not (known := _shared(memory, before)) or not memory.flags.flags.writeable:
         return memory
     kept = ~changed[:, :known]
     memory.flags[:, :known][kept] = before.flags[:, :known][kept]

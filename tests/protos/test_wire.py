@@ -36,6 +36,23 @@ def test_a_window_comes_out_bit_equal() -> None:
         np.testing.assert_array_equal(seen, expected, err_msg=field.name)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "phases"),
+    [((0, 0, 0), []), ((0, 0, 5), [2]), ((1, 0, 0), [0]), ((1, 4, 0), [0, 1]), ((1, 0, 5), [0, 1, 2])],
+)
+def test_only_phases_with_tokens_are_sent(tokens: tuple[int, ...], phases: list[int]) -> None:
+    own = window(1, 2.0, tokens=tokens, values=np.full((3, len(SITES), 5), 7.0, np.float32), lifetime=None)
+    for phase, count in enumerate(tokens):
+        if not count:
+            own.values[phase] = stats.empty(len(SITES))[phase]
+    message = wire.encode_window(own).window
+    assert len(message.values) == len(phases) * len(SITES) * 5 * 4
+    assert message.lifetime == b""
+    decoded = wire.decode_window(message, len(SITES))
+    np.testing.assert_array_equal(decoded.values, own.values)
+    assert decoded.lifetime is None
+
+
 def broken_layout(**changes: Any) -> pb.Layout:
     message = wire.encode_layout(layout()).layout
     for name, value in changes.items():
@@ -95,7 +112,7 @@ def test_another_table_of_statistics_is_refused_and_says_what_to_do() -> None:
     ("changes", "field"),
     [
         ({"values": b"\0" * 8}, "window.values"),
-        ({"lifetime": b""}, "window.lifetime"),
+        ({"lifetime": b"\0" * 8}, "window.lifetime"),
         ({"sequence": 0}, "window.sequence"),
         ({"end_seconds": float("inf")}, "window.start_seconds"),
     ],
@@ -111,7 +128,7 @@ def test_a_window_that_breaks_a_limit_is_refused_by_field(changes: dict[str, Any
 
 def test_a_nan_never_enters_the_statistics() -> None:
     own = window(1, 1.0)
-    own.values[0, 0, stats.SUM_ABS] = np.nan
+    own.values[stats.PREFILL, 0, stats.SUM_ABS] = np.nan
     with pytest.raises(wire.WireError, match=r"window\.values: holds a NaN"):
         wire.decode_window(wire.encode_window(own).window, len(SITES))
 
@@ -122,15 +139,16 @@ def test_a_nan_never_enters_the_statistics() -> None:
 )
 def test_a_value_no_activation_can_have_is_refused(column: int, value: float) -> None:
     own = window(1, 1.0)
-    own.values[0, 0, column] = value
+    own.values[stats.PREFILL, 0, column] = value
     with pytest.raises(wire.WireError, match=r"window\.values: holds an infinite extremum or a negative sum"):
         wire.decode_window(wire.encode_window(own).window, len(SITES))
 
 
 def test_a_sum_of_squares_may_overflow() -> None:
     own = window(1, 1.0)
-    own.values[0, 0, stats.SUM_SQUARES] = np.inf
-    assert wire.decode_window(wire.encode_window(own).window, len(SITES)).values[0, 0, stats.SUM_SQUARES] == np.inf
+    own.values[stats.PREFILL, 0, stats.SUM_SQUARES] = np.inf
+    decoded = wire.decode_window(wire.encode_window(own).window, len(SITES))
+    assert decoded.values[stats.PREFILL, 0, stats.SUM_SQUARES] == np.inf
 
 
 @pytest.mark.parametrize("changes", [{"tokens": (0, 2**60, 0)}, {"coalesced": 2**60}])

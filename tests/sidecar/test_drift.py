@@ -101,10 +101,10 @@ def test_the_rate_goes_on_over_a_restart_of_vllm() -> None:
 
 
 def scrape(fleet: Fleet, seconds: float, **settings: Any) -> list[str]:
-    body = Collector(make_settings(**settings), SelfMetrics()).render(
+    parts = Collector(make_settings(**settings), SelfMetrics()).render(
         fleet.snapshots(at(seconds)), fleet.cards, as_openmetrics=False
     )
-    return body.decode().splitlines()
+    return b"".join(parts).decode().splitlines()
 
 
 def test_what_the_evidence_says_is_scraped_for_sites_that_exceeded() -> None:

@@ -21,27 +21,65 @@ from workers import layout, window
 
 from maxact_proto import stats
 from maxact_vllm.config import Settings
-from maxact_vllm.stream import Outbox, Streamer
+from maxact_vllm.stream import MOST_UNDER_WAY, Outbox, Streamer
 
 NUM_SITES = 3
 TOKEN = "a-token-of-sufficient-length"
 OTHER = "another-token-of-this-worker"
 
 
-def test_windows_merge_while_one_is_under_way() -> None:
+def test_windows_merge_while_no_more_may_be_under_way() -> None:
     outbox = Outbox(NUM_SITES)
-    outbox.put(window(0, 1.0))
-    under_way = outbox.take(0)
+    for _ in range(MOST_UNDER_WAY):
+        outbox.put(window(0, 1.0))
+        assert outbox.take(0) is not None
     for peak in (4.0, 2.0, 3.0):
         outbox.put(window(0, peak))
     assert outbox.take(0) is None
-    outbox.acknowledge(under_way.sequence)
+    assert [each.sequence for each in outbox.under_way()] == list(range(1, MOST_UNDER_WAY + 1))
+    outbox.acknowledge(4)
     merged = outbox.take(0)
-    assert (under_way.sequence, merged.sequence) == (1, 2)
+    assert merged.sequence == MOST_UNDER_WAY + 1
     assert merged.coalesced == 2
     assert merged.tokens == (0, 12, 0)
     assert (merged.values[stats.PREFILL, :, stats.MIN] == -4.0).all()
     assert merged.values[stats.PREFILL, 0, stats.SUM_ABS] == pytest.approx(4 * 64 * (4 + 2 + 3) / 8)
+
+
+def test_every_fourth_window_asks_to_be_acknowledged_and_the_last_one_does() -> None:
+    outbox = Outbox(NUM_SITES)
+    asks = []
+    for _ in range(MOST_UNDER_WAY + 1):
+        outbox.put(window(0, 1.0))
+        asks.append(not outbox.take(0).acknowledge_later)
+        if asks[-1]:
+            outbox.acknowledge(len(asks))
+    assert asks == [False, False, False, True, False, False, False, True, False]
+    assert not outbox.wait_until_sent(0)
+    last = outbox.take(0)
+    assert (last.sequence, last.tokens, last.acknowledge_later) == (len(asks) + 1, (0, 0, 0), False)
+    outbox.acknowledge(last.sequence)
+    assert outbox.wait_until_sent(0)
+
+
+def test_the_first_window_of_a_stream_brings_the_lifetime_extrema() -> None:
+    outbox = Outbox(NUM_SITES)
+    first = Listening()
+    with first:
+        streamer = Streamer(Settings(endpoint=first.endpoint), layout(), outbox)
+        streamer.start()
+        for peak in (1.0, 5.0, 2.0):
+            outbox.put(window(0, peak))
+            assert outbox.wait_until_sent(10)
+        before = first.receiver.windows["pp0tp0"]
+    outbox.put(window(0, 3.0))
+    with Listening(first.port) as second:
+        assert outbox.wait_until_sent(20)
+        streamer.stop()
+        after = second.receiver.windows["pp0tp0"]
+    for windows in (before, after):
+        assert windows[0].lifetime is not None
+        assert all(each.lifetime is None for each in windows[1:])
 
 
 def test_an_hour_without_a_sidecar_keeps_the_extremum_and_every_small_window() -> None:
@@ -65,8 +103,9 @@ def test_windows_reach_the_sidecar_in_order_and_are_acknowledged() -> None:
             assert outbox.wait_until_sent(10)
         streamer.stop()
         received = listening.receiver.windows["pp0tp0"]
-    assert [each.sequence for each in received] == [1, 2, 3]
-    assert [-each.values[stats.PREFILL, 0, stats.MIN] for each in received] == [1.0, 2.0, 3.0]
+    assert [each.sequence for each in received] == list(range(1, len(received) + 1))
+    peaks = [-each.values[stats.PREFILL, 0, stats.MIN] for each in received if any(each.tokens)]
+    assert peaks == [1.0, 2.0, 3.0]
 
 
 def test_nothing_is_lost_or_counted_twice_when_the_sidecar_is_away() -> None:
@@ -92,9 +131,9 @@ def test_a_window_that_was_merged_but_not_acknowledged_keeps_its_sequence_number
     outbox = Outbox(NUM_SITES)
     outbox.put(window(0, 1.0))
     sent = outbox.take(0)
-    assert outbox.under_way() is sent
+    assert outbox.under_way() == [sent]
     outbox.acknowledge(sent.sequence)
-    assert outbox.under_way() is None
+    assert outbox.under_way() == []
     outbox.put(window(0, 2.0))
     np.testing.assert_array_equal(outbox.take(0).sequence, sent.sequence + 1)
 

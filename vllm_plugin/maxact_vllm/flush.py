@@ -19,8 +19,8 @@ from maxact_proto import stats, wire
 from maxact_vllm import logger
 from maxact_vllm.fold import Accumulators
 
-_HISTOGRAM_SECONDS = 10.0
-"""A histogram is ten times as large as the rest of a window, and its shape changes slowly."""
+_HISTOGRAM_SECONDS = 30.0
+"""A histogram is four times as large as the rest of a window, and its shape changes slowly."""
 
 
 class Flusher(threading.Thread):

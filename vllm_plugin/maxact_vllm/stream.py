@@ -1,9 +1,10 @@
 """Hop 5/9: `Window` -> merged with its successors until acknowledged -> gRPC, one bidirectional stream per worker.
 
-At most one window is under way. While it is unacknowledged the next ones merge into one that waits, so a sidecar that
-is away for an hour costs two windows of memory and loses no extremum. A window that was sent but not acknowledged is
-sent again unchanged after a reconnect: its sequence number lets the sidecar drop what it already merged, so sums are
-never counted twice. The channel is made lazily, in the worker, never inherited over a fork.
+A few windows may be under way; the sidecar is asked to acknowledge every fourth, which spares it a third of its work
+for them. While no more may be sent the next ones merge into one that waits, so a sidecar that is away for an hour costs
+a few windows of memory and loses no extremum. A window that was sent but not acknowledged is sent again unchanged after
+a reconnect: its sequence number lets the sidecar drop what it already merged, so sums are never counted twice. The
+channel is made lazily, in the worker, never inherited over a fork.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import os
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,6 +29,9 @@ _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 10.0
 _REPEAT_LOG_SECONDS = 300.0
 _DRAIN_SECONDS = 1.5
+ACKNOWLEDGE_EVERY: Final = 4
+MOST_UNDER_WAY: Final = 2 * ACKNOWLEDGE_EVERY
+"""Windows that were sent and are not acknowledged."""
 _LONGEST_REASON = 500
 _WHAT_TO_DO = {
     "UNAUTHENTICATED": "Give --maxact-token-file a file with one of its tokens",
@@ -36,15 +41,16 @@ _WHAT_TO_DO = {
 
 
 class Outbox:
-    """The window under way and the one that waits behind it. Thread-safe; the model's thread never comes here."""
+    """The windows under way and the one that waits behind them. Thread-safe; the model's thread never comes here."""
 
     def __init__(self, num_sites: int) -> None:
         self._changed = threading.Condition()
-        self._under_way: wire.Window | None = None
+        self._under_way: deque[wire.Window] = deque()
         self._waiting: wire.Window | None = None
         # A float32 sum that grows for an hour would lose the small windows: wait in float64.
         self._sums = np.zeros((len(stats.PHASES), num_sites, len(stats.STATS)))
         self._sequence = 0
+        self._is_draining = False
 
     def put(self, window: wire.Window) -> None:
         """Queue a closed window, or merge it into the one that waits."""
@@ -66,34 +72,64 @@ class Outbox:
                 )
             self._changed.notify_all()
 
-    def under_way(self) -> wire.Window | None:
-        """The window that was sent last and is not acknowledged."""
+    def under_way(self) -> list[wire.Window]:
+        """The windows that were sent and are not acknowledged, in order."""
         with self._changed:
-            return self._under_way
+            return list(self._under_way)
 
     def take(self, timeout_seconds: float) -> wire.Window | None:
         """The next window to send, now under way; None when there is none within the time."""
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting is not None and self._under_way is None, timeout_seconds)
-            if self._waiting is None or self._under_way is not None:
+            if not self._changed.wait_for(self._may_send, timeout_seconds):
                 return None
+            assert self._waiting is not None
             self._sequence += 1
-            values = self._sums.astype(np.float32)
-            self._under_way = replace(self._waiting, sequence=self._sequence, values=values)
+            window = replace(
+                self._waiting,
+                sequence=self._sequence,
+                values=self._sums.astype(np.float32),
+                acknowledge_later=not self._is_draining and self._sequence % ACKNOWLEDGE_EVERY != 0,
+            )
+            self._under_way.append(window)
             self._waiting = None
-            return self._under_way
+            return window
+
+    def _may_send(self) -> bool:
+        return self._waiting is not None and len(self._under_way) < MOST_UNDER_WAY
 
     def acknowledge(self, sequence: int) -> None:
-        """The sidecar merged this sequence number."""
+        """The sidecar merged all windows up to this sequence number."""
         with self._changed:
-            if self._under_way is not None and self._under_way.sequence <= sequence:
-                self._under_way = None
+            while self._under_way and self._under_way[0].sequence <= sequence:
+                self._under_way.popleft()
             self._changed.notify_all()
 
     def wait_until_sent(self, timeout_seconds: float) -> bool:
-        """Whether all is acknowledged within the time."""
+        """Whether all is acknowledged within the time. Meanwhile every window asks to be, and where none is left to
+        ask, one without tokens does.
+        """
         with self._changed:
-            return self._changed.wait_for(lambda: self._waiting is None and self._under_way is None, timeout_seconds)
+            self._is_draining = True
+            if self._waiting is None and self._under_way and self._under_way[-1].acknowledge_later:
+                self._waiting = _without_tokens(self._under_way[-1])
+                self._sums[:] = self._waiting.values
+                self._changed.notify_all()
+            is_sent = self._changed.wait_for(lambda: self._waiting is None and not self._under_way, timeout_seconds)
+            self._is_draining = not is_sent
+            return is_sent
+
+
+def _without_tokens(window: wire.Window) -> wire.Window:
+    """A window of no time behind this one."""
+    return wire.Window(
+        layout_id=0,
+        sequence=0,
+        start_seconds=window.end_seconds,
+        end_seconds=window.end_seconds,
+        tokens=(0,) * len(stats.PHASES),
+        values=stats.empty(window.values.shape[1]),
+        lifetime=window.lifetime,
+    )
 
 
 def _add(one: Any, other: Any) -> Any:
@@ -168,11 +204,14 @@ class Streamer(threading.Thread):
         while not self._accepted.wait(0.5):
             if over.is_set() or self._halt.is_set():
                 return
-        window = self._outbox.under_way()
+        again = deque(self._outbox.under_way())
+        is_first = True
         while not (over.is_set() or self._halt.is_set()):
+            window = again.popleft() if again else self._outbox.take(timeout_seconds=0.5)
             if window is not None:
-                yield wire.encode_window(replace(window, layout_id=self._layout_id))
-            window = self._outbox.take(timeout_seconds=0.5)
+                lifetime = window.lifetime if is_first else None
+                yield wire.encode_window(replace(window, layout_id=self._layout_id, lifetime=lifetime))
+                is_first = False
 
 
 class _Transitions:

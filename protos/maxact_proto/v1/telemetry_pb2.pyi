@@ -82,7 +82,7 @@ class LayoutAccepted(_message.Message):
     def __init__(self, layout_id: _Optional[int] = ..., last_sequence: _Optional[int] = ...) -> None: ...
 
 class Window(_message.Message):
-    __slots__ = ("layout_id", "sequence", "start_seconds", "end_seconds", "tokens", "values", "lifetime", "coalesced", "histogram", "counts", "cached")
+    __slots__ = ("layout_id", "sequence", "start_seconds", "end_seconds", "tokens", "values", "lifetime", "coalesced", "histogram", "counts", "cached", "acknowledge_later")
     LAYOUT_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class Window(_message.Message):
     HISTOGRAM_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     CACHED_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGE_LATER_FIELD_NUMBER: _ClassVar[int]
     layout_id: int
     sequence: int
     start_seconds: float
@@ -105,7 +106,8 @@ class Window(_message.Message):
     histogram: bytes
     counts: bytes
     cached: int
-    def __init__(self, layout_id: _Optional[int] = ..., sequence: _Optional[int] = ..., start_seconds: _Optional[float] = ..., end_seconds: _Optional[float] = ..., tokens: _Optional[_Iterable[int]] = ..., values: _Optional[bytes] = ..., lifetime: _Optional[bytes] = ..., coalesced: _Optional[int] = ..., histogram: _Optional[bytes] = ..., counts: _Optional[bytes] = ..., cached: _Optional[int] = ...) -> None: ...
+    acknowledge_later: bool
+    def __init__(self, layout_id: _Optional[int] = ..., sequence: _Optional[int] = ..., start_seconds: _Optional[float] = ..., end_seconds: _Optional[float] = ..., tokens: _Optional[_Iterable[int]] = ..., values: _Optional[bytes] = ..., lifetime: _Optional[bytes] = ..., coalesced: _Optional[int] = ..., histogram: _Optional[bytes] = ..., counts: _Optional[bytes] = ..., cached: _Optional[int] = ..., acknowledge_later: bool = ...) -> None: ...
 
 class WindowAck(_message.Message):
     __slots__ = ("sequence",)

@@ -53,8 +53,9 @@ class TelemetryServiceServicer(object):
 
     def Stream(self, request_iterator, context):
         """One stream per worker process. The first request of a stream is a Layout; every later one a Window.
-        The sidecar answers the layout with an id and acknowledges windows by sequence number; what it has not acknowledged
-        the worker merges into its next window, so an absent sidecar loses no extremum and costs constant memory.
+        The sidecar answers the layout with an id and acknowledges windows by sequence number. A few windows may be under way
+        unacknowledged; they are sent again when a stream breaks. Beyond these the worker merges into its next window, so an
+        absent sidecar loses no extremum and costs constant memory.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
