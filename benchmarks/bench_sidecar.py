@@ -6,7 +6,7 @@
 - scrape: a real Prometheus scrapes a real sidecar with 50,000 series, gzipped; its own ``scrape_duration_seconds``.
 - ingest: 8 streams of 1,000 sites with traffic in all three phases, 15 statistics per site; each asks for an
   acknowledgement with every fourth window, as the plugin does, and goes on when it has it. CPU of the sidecar process
-  per window. ``ingest_windows_per_s`` is what one core of it would take in,
+  per window, median of three rounds. ``ingest_windows_per_s`` is what one core of it would take in,
   ``ingest_wall_windows_per_s`` what it took in while the clients shared the machine. Beside it the CPU of a gRPC server
   that parses and acknowledges the same windows and does nothing else (``ingest_bare_us``: the least that this library
   takes), of decoding one window, ours and the same numbers as nested protobuf messages, and of merging and judging one.
@@ -63,6 +63,7 @@ from maxact_sidecar.ingest import clock
 
 NUM_SERIES = 50_000
 ACKNOWLEDGE_EVERY = 4  # maxact_vllm.stream
+FLOODS = 3
 HISTOGRAM_EVERY = 30  # of windows of a second, maxact_vllm.flush
 PARTS = ("render", "scrape", "ingest", "fleet")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -155,16 +156,15 @@ def _query(port: int, expr: str) -> float:
 def measure_ingest() -> dict[str, float]:
     """CPU of the sidecar per window, and what decoding is of that."""
     flood = {"engines": 8, "ranks": 1, "num_sites": 1000, "interval": 0.0, "seconds": 8.0}
-    with _sidecar() as sidecar:
-        before = _cpu_seconds(sidecar.pid)
-        load = _run_load(sidecar.grpc, **flood)
-        cpu = (_cpu_seconds(sidecar.pid) - before) / load["windows"]
-    with subprocess.Popen([sys.executable, __file__, "--bare"], stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout
-        address, before = server.stdout.readline().strip(), _cpu_seconds(server.pid)
-        bare = _run_load(address, **flood)
-        bare_cpu = (_cpu_seconds(server.pid) - before) / bare["windows"]
-        server.terminate()
+    ours, bare, walls = [], [], []
+    with _sidecar() as sidecar, _bare() as (server, address):
+        for _ in range(FLOODS):
+            cpu, wall = _flooded(sidecar.pid, sidecar.grpc, flood)
+            ours.append(cpu)
+            walls.append(wall)
+            bare.append(_flooded(server.pid, address, flood)[0])
+    print(f"  CPU per window {[round(1e6 * cpu) for cpu in ours]} us, bare {[round(1e6 * cpu) for cpu in bare]} us")
+    cpu, bare_cpu = statistics.median(ours), statistics.median(bare)
     data = wire.encode_window(replace(_window(1000), lifetime=None)).SerializeToString()
     nested, nested_data = _nested(_window(1000))
 
@@ -174,13 +174,30 @@ def measure_ingest() -> dict[str, float]:
 
     return {
         "ingest_windows_per_s": 1 / cpu,
-        "ingest_wall_windows_per_s": load["windows"] / load["seconds"],
+        "ingest_wall_windows_per_s": statistics.median(walls),
         "ingest_cpu_us": cpu * 1e6,
         "ingest_bare_us": bare_cpu * 1e6,
         "decode_us": _cpu_us(lambda: wire.decode_window(pb.StreamRequest.FromString(data).window, 1000), repeat=500),
         "decode_nested_us": _cpu_us(decode_nested, repeat=50),
         "merge_us": _cpu_us(_merging(8), repeat=500),
     }
+
+
+def _flooded(pid: int, address: str, flood: dict[str, float]) -> tuple[float, float]:
+    """CPU seconds of a server per window, and windows per second."""
+    before = _cpu_seconds(pid)
+    load = _run_load(address, **flood)
+    return (_cpu_seconds(pid) - before) / load["windows"], load["windows"] / load["seconds"]
+
+
+@contextmanager
+def _bare() -> Iterator[tuple[subprocess.Popen[str], str]]:
+    with subprocess.Popen([sys.executable, __file__, "--bare"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        try:
+            yield server, server.stdout.readline().strip()
+        finally:
+            server.terminate()
 
 
 def _merging(engines: int) -> Callable[[], Any]:
@@ -243,11 +260,13 @@ def measure_fleet(seconds: float) -> dict[str, float]:
             memory.append(_rss_mib(sidecar.pid))
             time.sleep(max(0.0, min(15.0, started + seconds - time.monotonic())))
         share = (_cpu_seconds(sidecar.pid) - before) / (time.monotonic() - started)
+        largest = _rss_mib(sidecar.pid, largest=True)
         figures = json.loads(load.communicate()[0])
     print(f"  {figures['windows']} windows in {figures['seconds']:.0f} s, ack p50 {figures['p50_ms']:.1f} ms")
+    print(f"  memory behind each scrape {[round(mib) for mib in memory]} MiB")
     return {
         "fleet_core_pct": 100 * share,
-        "fleet_rss_mib": max(memory),
+        "fleet_rss_mib": largest,
         "fleet_growth_mib": memory[-1] - statistics.median(memory[: len(memory) // 2 + 1]),
         "window_to_metric_p99_ms": figures["p99_ms"],
     }
@@ -268,9 +287,9 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
-def _rss_mib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _rss_mib(pid: int, *, largest: bool = False) -> float:
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["VmHWM" if largest else "VmRSS"].split()[0]) / 1024
 
 
 def _engines(sidecar: Sidecar) -> int:

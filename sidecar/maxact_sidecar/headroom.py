@@ -208,6 +208,7 @@ class Flags:
         self._table: FlagTable = _no_flags(len(self.criteria), 0)
         self._windows = np.zeros(0, np.int32)
         self._ceiling = self.limit
+        self._lowest_ceiling = np.zeros(0)
         self.exceedings = 0
         """How often anything was beyond a threshold."""
 
@@ -239,6 +240,7 @@ class Flags:
         self.typical = typical
         judged = np.isfinite(self.limit)
         self._ceiling = np.where(judged, self.limit / self._raise_below, np.inf)
+        self._lowest_ceiling = self._ceiling.min(axis=0, initial=np.inf)
         if self._table.flags.writeable:
             self._table["active"] &= judged
 
@@ -265,6 +267,8 @@ class Flags:
         absmax = peak.max(axis=0)
         if count:
             self._windows[index] += absmax > -np.inf
+        if not self._any_per_block and not (absmax > self._lowest_ceiling[index]).any():
+            return []
         judged = self._magnitude(absmax, index)
         exceeded = judged > self._ceiling[:, index]
         if not exceeded.any():

@@ -160,6 +160,7 @@ _OPTIONS: Final = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     # Pings that measure the bandwidth take a quarter of what gRPC costs here; a window a second needs little of it.
     ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 1 << 20),  # without them a worker would be given 64 kB at a time
     ("grpc.so_reuseport", 0),  # a second sidecar on the same port must fail, not share it in silence
     # A worker whose machine vanished closes nothing: ask, so that it counts as gone within 40 s.
     ("grpc.keepalive_time_ms", 30_000),

@@ -124,10 +124,9 @@ class _Running:
         self.rare: npt.NDArray[np.float64] | None = None
         """``[2, P, S]``: non-finite token rows, and tokens of windows in which the site saw none."""
 
-    def add(self, window: wire.Window) -> None:
-        """Add what a window holds."""
-        phases = window.phases
-        columns, tokens = window.values.transpose(2, 0, 1)[:, phases], np.array(window.tokens, np.int64)
+    def add(self, values: stats.Values, tokens: npt.NDArray[np.int64], phases: slice) -> None:
+        """Add what a window holds; its tokens, ``[P]``, are all within ``phases``."""
+        columns = values.transpose(2, 0, 1)[:, phases]
         energies = columns[stats.SUM_SQUARES : stats.NONFINITE]
         if columns[stats.SUM_SQUARES].max(initial=0.0) >= _LARGEST:
             energies = np.minimum(energies, _LARGEST)
@@ -207,8 +206,9 @@ class RankState:
         self._raise(extrema)
         if window.lifetime is not None:
             self._raise(_extrema(window.lifetime))
-        self._sums[-1].add(window)
-        self.tokens += np.array(window.tokens, np.int64)
+        tokens = np.array(window.tokens, np.int64)
+        self._sums[-1].add(window.values, tokens, window.phases)
+        self.tokens += tokens
         if self._num_counts and window.counts is not None:
             self._total_counts += window.counts
             self._counts[-1] += window.counts

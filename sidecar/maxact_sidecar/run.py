@@ -31,7 +31,8 @@ from maxact_sidecar.tls import make_identities
 
 _SETTLE_SECONDS = 1.0
 _GRACE_SECONDS = 0.5
-_M_ARENA_MAX = -8  # malloc.h
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # malloc.h
+_LARGE_BYTES = 1 << 17
 _OTHER_FILES = 128
 """Beside connections: state, cards, what gRPC and Python hold open."""
 """For the window being merged: streams of workers never end by themselves, and what is not acknowledged comes again."""
@@ -59,7 +60,7 @@ async def serve(read: Callable[[], Settings]) -> None:
     """
     settings = read()
     metrics = SelfMetrics()
-    _use_one_heap()
+    _return_memory()
     os.umask(0o077)  # sockets and state are ours alone
     _allow_files(most_connections(settings) + MAX_CONNECTIONS)
     with contextlib.ExitStack() as stack:
@@ -100,10 +101,12 @@ async def _serve(settings: Settings, read: Callable[[], Settings], metrics: Self
         await _remember(fleet, store, all_windows=True)
 
 
-def _use_one_heap() -> None:
-    """glibc has a heap for every thread or two; what one of them frees the others do not get."""
+def _return_memory() -> None:
+    """Have glibc give back what a scrape took: one heap, not one for each thread or two, and large arrays beside it."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def _allow_files(num_connections: int) -> None:
