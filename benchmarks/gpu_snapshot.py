@@ -30,7 +30,7 @@ from maxact_vllm.flush import Flusher
 from maxact_vllm.fold import Folder
 
 ROWS = 64
-DECODE = Step(ROWS, *(np.full(ROWS, each, np.int32) for each in (1, 10, 5)))
+DECODE = Step(ROWS, lambda: np.full(ROWS, 1, np.int32), *(np.full(ROWS, each, np.int32) for each in (10, 5)))
 """One row of each of as many requests, behind their prompts."""
 
 

@@ -44,7 +44,7 @@ def run_step(module: nn.Module, folder: Folder, planted: float) -> None:
     x[TOKEN, 507] = planted
     x[6:] = 1e6
     module(x)
-    folder.fold(Step(6, np.array([6]), np.array([0]), np.array([6])))
+    folder.fold(Step(6, lambda: np.array([6]), np.array([0]), np.array([6])))
 
 
 @pytest.mark.server

@@ -99,11 +99,6 @@ def test_token_counts_are_exact(native: Run) -> None:
     assert native.received.tokens() == TOKENS
 
 
-def test_lifetime_extrema_equal_the_merged_windows(native: Run) -> None:
-    lifetime = native.received.windows["pp0tp0"][-1].lifetime
-    np.testing.assert_array_equal(lifetime, native.received.total()[..., : stats.NUM_EXTREMA])
-
-
 @pytest.mark.parametrize("run", ["single", "compiled"])
 def test_warm_up_alone_leaves_every_statistic_empty(run: str, request: Any) -> None:
     windows = request.getfixturevalue(run).received.windows["pp0tp0"]

@@ -20,7 +20,7 @@ from maxact_vllm.fold import Folder, phases_of, reference
 def step(*requests: tuple[int, int, int]) -> Step:
     """A step of (scheduled, computed, prompt length) per request."""
     scheduled, computed, prompts = (np.array(column, np.int32) for column in zip(*requests, strict=True))
-    return Step(int(scheduled.sum()), scheduled, computed, prompts)
+    return Step(int(scheduled.sum()), lambda: scheduled, computed, prompts)
 
 
 def fill(block: torch.Tensor, num_tokens: int, seed: int = 0) -> np.ndarray:

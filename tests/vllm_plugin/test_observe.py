@@ -35,12 +35,13 @@ def test_the_cpu_kernel_agrees_with_the_reference(
     ops.define("cpu")
     tensors = [torch.randn(num_tokens, width + 3).to(dtype)[:, :width] for _ in range(3)]
     tensors[2][num_tokens // 2, 0] = torch.nan
-    rows = torch.full((4, num_rows, 640), -7.0)
+    written = torch.full((640, 4, num_rows), -7.0)
+    rows = written.permute(1, 2, 0)
     scales = torch.tensor([[1.5, 0.25], [2.0, 0.5], [1.0, 1.0], [torch.inf, -1.0]])
     histograms = torch.zeros(4, stats.NUM_BINS, dtype=torch.int64)
     expected, counted = rows.clone(), histograms.clone()
     sampling = torch.tensor([packed(num_tokens, 64, min(5, num_tokens - 1))])
-    torch.ops.maxact.observe(tensors, rows, histograms, sampling, scales, [3, 0, 1])
+    torch.ops.maxact.observe(tensors, written, histograms, sampling, scales, [3, 0, 1])
     reference(tensors, expected, counted, sampling, scales, [3, 0, 1])
     assert torch.equal(histograms, counted)
     assert torch.isnan(rows[1, stats.MAX, num_tokens // 2])
@@ -56,7 +57,7 @@ def test_an_element_is_counted_in_the_bin_it_lies_in() -> None:
     x = torch.cat([edges, -edges * 1.3, torch.tensor([0.0, 1e-30, 3e38])])[None]
     histograms = torch.zeros(1, stats.NUM_BINS, dtype=torch.int64)
     torch.ops.maxact.observe(
-        [x], torch.zeros(1, NUM_ROWS, 64), histograms, torch.tensor([packed(1, 1, 0)]), UNSCALED, [0]
+        [x], torch.zeros(64, 1, NUM_ROWS), histograms, torch.tensor([packed(1, 1, 0)]), UNSCALED, [0]
     )
     expected = torch.full((stats.NUM_BINS,), 2)
     expected[0] += 2
@@ -101,12 +102,12 @@ def test_a_nan_shows_in_the_maximum_wherever_it_stands(place: int) -> None:
     ops.define("cpu")
     x = torch.randn(2, 32)
     x[1, place] = torch.nan
-    rows = torch.zeros(1, NUM_ROWS, 64)
+    rows = torch.zeros(64, 1, NUM_ROWS)
     histograms = torch.zeros(1, stats.NUM_BINS, dtype=torch.int64)
     torch.ops.maxact.observe([x], rows, histograms, torch.tensor([0]), UNSCALED, [0])
     assert not histograms.any(), "no row was to be counted"
-    assert torch.isnan(rows[0, stats.MAX, 1])
-    assert rows[0, stats.MAX, 0] == x[0].max()
+    assert torch.isnan(rows[1, 0, stats.MAX])
+    assert rows[0, 0, stats.MAX] == x[0].max()
 
 
 @pytest.mark.timeout(300)
@@ -237,10 +238,10 @@ def test_compiled_what_waits_is_read_as_it_was(
 
 def test_without_a_compiler_the_reference_observes_and_says_so(tmp_path: Path) -> None:
     script = (
-        "import torch\nfrom maxact_vllm import ops\nops.define('cpu')\nrows = torch.zeros(1, 4, 64)\n"
+        "import torch\nfrom maxact_vllm import ops\nops.define('cpu')\nrows = torch.zeros(64, 1, 4)\n"
         "counts = torch.zeros(1, 64, dtype=torch.int64)\n"
         "torch.ops.maxact.observe([torch.ones(3, 5)], rows, counts, torch.tensor([0]), torch.ones(1, 2), [0])\n"
-        "print(rows[0, :, 2].tolist())"
+        "print(rows[2, 0].tolist())"
     )
     environ = {**os.environ, "CXX": "/bin/false", "VLLM_CACHE_ROOT": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True)

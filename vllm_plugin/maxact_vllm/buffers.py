@@ -30,7 +30,8 @@ class Buffers:
 
     block: torch.Tensor
     """One float per (statistic, site, token): float32 ``[NUM_ROWS or COUNTED_ROWS, num_sites, padded tokens]``. In
-    memory the rows of one site, and the sites of one group, lie side by side."""
+    memory on a GPU the tokens of one row lie side by side; on a CPU all that belongs to a token, or the few tokens of a
+    decode step would touch a page of memory each per row."""
     histograms: torch.Tensor
     """int64 ``[num_sites, NUM_BINS]``: elements by magnitude, counted up for ever."""
     sampling: torch.Tensor
@@ -50,16 +51,19 @@ def allocate(scales: Sequence[StaticScale | None], max_tokens: int, device: torc
     num_sites = len(scales)
     num_rows = COUNTED_ROWS if any(scales) else NUM_ROWS
     padded = -(-max_tokens // _ALIGNMENT) * _ALIGNMENT
-    sites = np.full((num_sites, num_rows, padded), -np.inf, np.float32)
+    if device.type == "cpu":
+        rows = np.full((padded, num_sites, num_rows), -np.inf, np.float32).transpose(2, 1, 0)
+    else:
+        rows = np.full((num_sites, num_rows, padded), -np.inf, np.float32).transpose(1, 0, 2)
     limits = np.array(
         [(*((scale.limit, scale.zero) if scale else (np.inf, -1.0)), 0, 0) for scale in scales], np.float32
     )
     # By way of numpy: vLLM may have set a default device and dtype.
     block, histograms, sampling, ranges = (
         torch.from_numpy(each).to(device)
-        for each in (sites, np.zeros((num_sites, stats.NUM_BINS), np.int64), np.zeros(1, np.int64), limits)
+        for each in (rows, np.zeros((num_sites, stats.NUM_BINS), np.int64), np.zeros(1, np.int64), limits)
     )
-    return Buffers(block.transpose(0, 1), histograms, sampling, ranges)
+    return Buffers(block, histograms, sampling, ranges)
 
 
 def own_storage(part: torch.Tensor) -> torch.Tensor:

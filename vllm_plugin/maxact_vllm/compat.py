@@ -6,6 +6,7 @@ Nothing else in this package knows how vLLM's runners are built inside.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ class Step:
 
     num_tokens: int
     """Token rows that count; the rows behind them are padding."""
-    scheduled: npt.NDArray[np.int32]
-    """Rows of each request."""
+    scheduled: Callable[[], npt.NDArray[np.int32]]
+    """Rows of each request. Only mixed steps ask, and it takes a look-up per request."""
     computed: npt.NDArray[np.int32]
     """Tokens of each request computed before this step: the position of its first row."""
     prompt_lens: npt.NDArray[np.int32]
@@ -95,23 +96,22 @@ def read_step(runner: Any, scheduler_output: Any) -> Step | None:
     batch = runner.input_batch if hasattr(runner, "input_batch") else runner.execute_model_state.input_batch
     cached = _cached_tokens(scheduler_output)
     if hasattr(batch, "num_computed_tokens_np"):
-        counts = (batch.num_scheduled_tokens, batch.num_computed_tokens_np, batch.prefill_len_np)
-        return Step(batch.num_tokens, *counts, cached)
+        counts = (batch.num_computed_tokens_np, batch.prefill_len_np)
+        return Step(batch.num_tokens, lambda: batch.num_scheduled_tokens, *counts, cached)
     num = batch.num_reqs
-    by_request = scheduler_output.num_scheduled_tokens
-    scheduled = np.fromiter((by_request[name] for name in batch.req_ids[:num]), np.int32, num)
-    return Step(
-        scheduler_output.total_num_scheduled_tokens,
-        scheduled,
-        batch.num_computed_tokens_cpu[:num],
-        batch.num_prompt_tokens[:num],
-        cached,
-    )
+
+    def scheduled() -> npt.NDArray[np.int32]:
+        by_request = scheduler_output.num_scheduled_tokens
+        return np.fromiter((by_request[name] for name in batch.req_ids[:num]), np.int32, num)
+
+    counts = (batch.num_computed_tokens_cpu[:num], batch.num_prompt_tokens[:num])
+    return Step(scheduler_output.total_num_scheduled_tokens, scheduled, *counts, cached)
 
 
 def _cached_tokens(scheduler_output: Any) -> int:
     """Tokens that requests which start, or start again after a preemption, found in the KV cache. vLLM 0.26-0.32."""
-    cached = sum(request.num_computed_tokens for request in scheduler_output.scheduled_new_reqs)
+    new = scheduler_output.scheduled_new_reqs
+    cached = sum(request.num_computed_tokens for request in new) if new else 0
     running = scheduler_output.scheduled_cached_reqs
     if running.resumed_req_ids:
         counts = zip(running.req_ids, running.num_computed_tokens, strict=True)

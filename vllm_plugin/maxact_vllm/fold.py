@@ -29,9 +29,10 @@ def phases_of(step: Step) -> Codes:
     """The phases of a step's rows; ``[1]`` where they are all alike, as in every pure decode step."""
     if (step.computed >= step.prompt_lens).all():
         return _DECODE
-    starts = np.cumsum(step.scheduled) - step.scheduled
-    position = np.arange(step.num_tokens) - np.repeat(starts - step.computed, step.scheduled)
-    codes = np.where(position < np.repeat(step.prompt_lens, step.scheduled), stats.PREFILL, stats.DECODE)
+    scheduled = step.scheduled()
+    starts = np.cumsum(scheduled) - scheduled
+    position = np.arange(step.num_tokens) - np.repeat(starts - step.computed, scheduled)
+    codes = np.where(position < np.repeat(step.prompt_lens, scheduled), stats.PREFILL, stats.DECODE)
     codes[position == 0] = stats.FIRST
     return codes.astype(np.int8)
 

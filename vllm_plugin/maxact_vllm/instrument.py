@@ -46,7 +46,7 @@ _NEVER_WRITTEN_OVER: Final = ("mlp_gate",)
 Reads = Literal["input", "second argument", "third argument", "output", "residual", "sum"]
 _ARGUMENTS: Final = {"input": 0, "second argument": 1, "third argument": 2}
 Pending = list[tuple[int, torch.Tensor]]
-"""Sites of a group met so far in this forward: place in the group, tensor ``[tokens, width]``."""
+"""Sites of a group met so far in this forward: place in its buffers, tensor ``[tokens, width]``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,12 +88,19 @@ def instrument(taps: Sequence[Tap], buffers: Buffers, *, branch: bool) -> None:
     projections = {tap.layer: tap for tap in taps if branch and tap.name == "o_proj_input" and not tap.alone}
     for stretches in _groups(taps, 0 if branch else _HELD_ELEMENTS // buffers.block.shape[2]):
         num_sites = sum(map(len, stretches))
-        here = slice(first, first + num_sites)
-        whole = (buffers.block.transpose(0, 1), buffers.histograms, buffers.scales)
-        rows, histograms, scales = (own_storage(each[here]) for each in whole)
-        own = {"rows": rows, "histograms": histograms, "sampling": buffers.sampling, "scales": scales}
-        _hook_group(stretches, own, projections)
+        own = _buffers_of(slice(first, first + num_sites), buffers)
+        _hook_group(stretches, own, projections, 0 if buffers.block.is_cuda else first)
         first += num_sites
+
+
+def _buffers_of(sites: slice, buffers: Buffers) -> dict[str, torch.Tensor]:
+    """What the operation of a group is given: its sites' part of the buffers, on a CPU all of them."""
+    if buffers.block.is_cuda:
+        parts = (buffers.block.transpose(0, 1)[sites], buffers.histograms[sites], buffers.scales[sites])
+    else:
+        parts = (buffers.block.permute(2, 1, 0), buffers.histograms, buffers.scales)
+    rows, histograms, scales = map(own_storage, parts)
+    return {"rows": rows, "histograms": histograms, "sampling": buffers.sampling, "scales": scales}
 
 
 def _position(tap: Tap) -> tuple[int, str, int]:
@@ -121,10 +128,14 @@ def _groups(taps: Sequence[Tap], most: int) -> Iterator[list[list[Tap]]]:
 
 
 def _hook_group(
-    stretches: Sequence[Sequence[Tap]], buffers: Mapping[str, torch.Tensor], projections: Mapping[int | None, Tap]
+    stretches: Sequence[Sequence[Tap]],
+    buffers: Mapping[str, torch.Tensor],
+    projections: Mapping[int | None, Tap],
+    first: int,
 ) -> None:
+    """``first``: where the group's sites begin in ``buffers``."""
     pending: Pending = []
-    places = itertools.count()
+    places = itertools.count(first)
     for stretch in stretches:
         last = stretch[-1]
         names = [f"_maxact_{last.name}_{part}" for part in buffers]

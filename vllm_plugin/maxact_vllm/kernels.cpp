@@ -63,8 +63,16 @@ struct Lanes {
   }
 };
 
+// Where a site's rows are: [stats, tokens].
+struct Rows {
+  float* data;
+  int64_t stride_stat, stride_token;
+
+  float& at(int stat, int64_t token) const { return data[stat * stride_stat + token * stride_token]; }
+};
+
 template <typename T>
-void reduce_row(const T* x, int64_t width, float* out, int64_t stride_stat) {
+void reduce_row(const T* x, int64_t width, Rows rows, int64_t token) {
   Lanes even, odd;  // two, so that one addition need not wait for the one before
   int64_t column = 0;
   for (; column + 2 * kLanes <= width; column += 2 * kLanes) {
@@ -90,15 +98,15 @@ void reduce_row(const T* x, int64_t width, float* out, int64_t stride_stat) {
     }
   }
   // Comparisons ignore a NaN; the sum does not: let the row say so in its maximum, where the fold looks.
-  out[kMax * stride_stat] = std::isnan(sum_abs) ? sum_abs : max;
-  out[kMin * stride_stat] = min;
-  out[kSumSquares * stride_stat] = sum_squares;
-  out[kSumAbs * stride_stat] = sum_abs;
+  rows.at(kMax, token) = std::isnan(sum_abs) ? sum_abs : max;
+  rows.at(kMin, token) = min;
+  rows.at(kSumSquares, token) = sum_squares;
+  rows.at(kSumAbs, token) = sum_abs;
 }
 
 // Elements beyond limit, and those up to zero: a comparison of lanes is -1 where it holds.
 template <typename T>
-void count_scaled(const T* x, int64_t width, float limit, float zero, float* out, int64_t stride_stat) {
+void count_scaled(const T* x, int64_t width, float limit, float zero, Rows rows, int64_t token) {
   Integers saturated{}, zeroed{};
   int64_t column = 0;
   for (; column + kLanes <= width; column += kLanes) {
@@ -117,8 +125,8 @@ void count_scaled(const T* x, int64_t width, float limit, float zero, float* out
       num_zeroed += std::fabs(value[lane]) <= zero;
     }
   }
-  out[(kNumRows + kSaturated) * stride_stat] = num_saturated;
-  out[(kNumRows + kZeroed) * stride_stat] = num_zeroed;
+  rows.at(kNumRows + kSaturated, token) = num_saturated;
+  rows.at(kNumRows + kZeroed, token) = num_zeroed;
 }
 
 // Which rows are counted, and with what weight: one in every of the first num_tokens, from offset on (observe.packed).
@@ -146,44 +154,94 @@ void count_row(const T* x, int64_t width, int64_t weight, int64_t* histogram) {
   }
 }
 
+// One tensor of a call and what becomes of it.
+struct Site {
+  const Tensor* tensor;
+  Rows rows;
+  const float* scale;
+  int64_t* histogram;
+  ScalarType type;
+
+  template <typename T>
+  const T* row(int64_t token) const {
+    return static_cast<const T*>(tensor->data_ptr()) + token * tensor->stride(0);
+  }
+};
+
 template <typename T>
-void reduce(
-    const Tensor& tensor, float* out, int64_t stride_stat, const float* scale, Sampling sampling, int64_t* histogram) {
-  const T* x = static_cast<const T*>(tensor.data_ptr());
-  const int64_t width = tensor.size(1), stride = tensor.stride(0);
-  const int64_t grain = kElementsPerTask / (width + 1) + 1;
-  torch::stable::parallel_for(0, tensor.size(0), grain, [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token) {
-      reduce_row(x + token * stride, width, out + token, stride_stat);
-      if (scale) count_scaled(x + token * stride, width, scale[0], scale[1], out + token, stride_stat);
-    }
-  });
-  const int64_t num_tokens = std::min(sampling.num_tokens, tensor.size(0));
+void reduce(const Site& site, int64_t first, int64_t last) {
+  const int64_t width = site.tensor->size(1);
+  for (int64_t token = first; token < last; ++token) {
+    reduce_row(site.row<T>(token), width, site.rows, token);
+    if (site.scale) count_scaled(site.row<T>(token), width, site.scale[0], site.scale[1], site.rows, token);
+  }
+}
+
+template <typename T>
+void count(const Site& site, Sampling sampling) {
+  const int64_t num_tokens = std::min(sampling.num_tokens, site.tensor->size(0));
   for (int64_t token = sampling.offset; token < num_tokens; token += sampling.every) {
-    if (std::isfinite(out[kSumAbs * stride_stat + token])) {
-      count_row(x + token * stride, width, sampling.every, histogram);
+    if (std::isfinite(site.rows.at(kSumAbs, token))) {
+      count_row(site.row<T>(token), site.tensor->size(1), sampling.every, site.histogram);
     }
   }
 }
 
-// tensors[k]: [tokens, width] of bfloat16, float16 or float32, rows contiguous; rows: float32 [sites, 4 or 6, padded
-// tokens]; histograms: int64 [sites, kNumBins], never reset; sampling: int64 [1], of observe.packed; scales: float32
+void reduce(const Site& site, int64_t first, int64_t last) {
+  switch (site.type) {
+    case ScalarType::BFloat16: return reduce<Bfloat16>(site, first, last);
+    case ScalarType::Half: return reduce<_Float16>(site, first, last);
+    default: return reduce<float>(site, first, last);
+  }
+}
+
+void count(const Site& site, Sampling sampling) {
+  switch (site.type) {
+    case ScalarType::BFloat16: return count<Bfloat16>(site, sampling);
+    case ScalarType::Half: return count<_Float16>(site, sampling);
+    default: return count<float>(site, sampling);
+  }
+}
+
+// tensors[k]: [tokens, width] of bfloat16, float16 or float32, rows contiguous; rows: float32 [padded tokens, sites,
+// 4 or 6]; histograms: int64 [sites, kNumBins], never reset; sampling: int64 [1], of observe.packed; scales: float32
 // [sites, 4], (limit, zero) and two that are not used.
 void observe(
     std::vector<Tensor> tensors, Tensor rows, Tensor histograms, Tensor sampling, Tensor scales,
-    std::vector<int64_t> sites) {
-  const bool counted = rows.size(1) > kNumRows;
-  const Sampling sampled(*static_cast<const int64_t*>(sampling.data_ptr()));
+    std::vector<int64_t> places) {
+  const bool counted = rows.size(2) > kNumRows;
+  std::vector<Site> sites;
+  sites.reserve(tensors.size());
+  int64_t num_rows = 0, num_elements = 0;
   for (size_t k = 0; k < tensors.size(); ++k) {
-    float* out = static_cast<float*>(rows.data_ptr()) + sites[k] * rows.stride(0);
-    const float* scale = counted ? static_cast<const float*>(scales.data_ptr()) + sites[k] * scales.stride(0) : nullptr;
-    int64_t* histogram = static_cast<int64_t*>(histograms.data_ptr()) + sites[k] * kNumBins;
-    switch (tensors[k].scalar_type()) {
-      case ScalarType::BFloat16: reduce<Bfloat16>(tensors[k], out, rows.stride(1), scale, sampled, histogram); break;
-      case ScalarType::Half: reduce<_Float16>(tensors[k], out, rows.stride(1), scale, sampled, histogram); break;
-      case ScalarType::Float: reduce<float>(tensors[k], out, rows.stride(1), scale, sampled, histogram); break;
-      default: STD_TORCH_CHECK(false, "maxact::observe takes bfloat16, float16 and float32");
+    const Tensor& x = tensors[k];
+    const ScalarType type = x.scalar_type();
+    STD_TORCH_CHECK(
+        type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float,
+        "maxact::observe takes bfloat16, float16 and float32");
+    const Rows own{
+        static_cast<float*>(rows.data_ptr()) + places[k] * rows.stride(1), rows.stride(2), rows.stride(0)};
+    const float* scale = static_cast<const float*>(scales.data_ptr()) + places[k] * scales.stride(0);
+    int64_t* histogram = static_cast<int64_t*>(histograms.data_ptr()) + places[k] * kNumBins;
+    sites.push_back({&x, own, counted ? scale : nullptr, histogram, type});
+    num_rows += x.size(0);
+    num_elements += x.size(0) * x.size(1);
+  }
+  // All rows of all tensors are one range, so that the few rows of a decode step keep every thread busy, too.
+  const int64_t grain = kElementsPerTask / (num_elements / std::max<int64_t>(num_rows, 1) + 1) + 1;
+  torch::stable::parallel_for(0, num_rows, grain, [&](int64_t first, int64_t last) {
+    int64_t start = 0;
+    for (const Site& site : sites) {
+      const int64_t here = site.tensor->size(0);
+      if (first < start + here && last > start) {
+        reduce(site, std::max<int64_t>(first - start, 0), std::min(last - start, here));
+      }
+      start += here;
     }
+  });
+  const Sampling sampled(*static_cast<const int64_t*>(sampling.data_ptr()));
+  if (sampled.every > 0) {
+    for (const Site& site : sites) count(site, sampled);
   }
 }
 
@@ -214,29 +272,30 @@ struct Totals {
   }
 };
 
-// block: float32 [4 or 6, sites, tokens], tokens contiguous; values: float32 [phases, sites, stats] and counts: int64
-// [phases, sites, 0 or 2], contiguous; phases: int8 [num_tokens], or [1] where all rows are of one phase.
+// block: float32 [4 or 6, sites, tokens]; values: float32 [phases, sites, stats] and counts: int64 [phases, sites, 0 or
+// 2], contiguous; phases: int8 [num_tokens], or [1] where all rows are of one phase.
 void fold(Tensor block, Tensor values, Tensor counts, Tensor phases, int64_t num_tokens) {
-  const int64_t num_counts = counts.size(2);
+  const int64_t num_counts = counts.size(2), num_sites = block.size(1);
   int64_t* counted = static_cast<int64_t*>(counts.data_ptr());
-  const int64_t num_sites = block.size(1), stride_stat = block.stride(0);
   const int8_t* phase = static_cast<const int8_t*>(phases.data_ptr());
   const int64_t step = phases.size(0) == 1 ? 0 : 1;
   float* into = static_cast<float*>(values.data_ptr());
   for (int64_t site = 0; site < num_sites; ++site) {
-    float* top = static_cast<float*>(block.data_ptr()) + site * block.stride(1);
+    const Rows rows{static_cast<float*>(block.data_ptr()) + site * block.stride(1), block.stride(0), block.stride(2)};
     Totals totals[kNumPhases];
+    bool ran[kNumPhases] = {};
     for (int64_t token = 0; token < num_tokens; ++token) {
-      Totals& total = totals[phase[token * step]];
-      const bool finite = total.take(
-          top[token], top[stride_stat * kMin + token], top[stride_stat * kSumSquares + token],
-          top[stride_stat * kSumAbs + token]);
+      const int8_t own = phase[token * step];
+      const bool finite = totals[own].take(
+          rows.at(kMax, token), rows.at(kMin, token), rows.at(kSumSquares, token), rows.at(kSumAbs, token));
       for (int64_t k = 0; finite && k < num_counts; ++k) {
-        total.counts[k] += static_cast<int64_t>(top[stride_stat * (kNumRows + k) + token]);
+        totals[own].counts[k] += static_cast<int64_t>(rows.at(kNumRows + k, token));
       }
+      rows.at(kMax, token) = -kInf;
+      ran[own] = true;
     }
-    std::fill_n(top, num_tokens, -kInf);
     for (int p = 0; p < kNumPhases; ++p) {
+      if (!ran[p]) continue;
       totals[p].merge_into(into + (p * num_sites + site) * kNumStats);
       for (int64_t k = 0; k < num_counts; ++k) counted[(p * num_sites + site) * num_counts + k] += totals[p].counts[k];
     }

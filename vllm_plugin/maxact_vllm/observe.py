@@ -8,11 +8,12 @@ Three operations (`ops`) that the compiler sees as a whole:
 - ``fork``: the same on a side stream, a parallel branch of a CUDA graph; ``join(tensors, rows)`` makes the model's
   stream wait for it. The tensors are arguments of both, so their memory is not used again in between.
 
-``rows``: float32 ``[sites of a group, NUM_ROWS or COUNTED_ROWS, padded tokens]``. All operations write it, as far as
-the compiler can tell, which keeps them in the graph, in order and free of constants: all layers share one compiled
-piece. ``scales``: float32 ``[sites of a group, 4]``, of `Buffers`; read where there are rows for the counts.
-``histograms``: int64 ``[sites of a group, NUM_BINS]``, counted up for ever. ``sampling``: int64 ``[1]``, of `packed`;
-0 counts none.
+``rows``: float32 ``[sites, NUM_ROWS or COUNTED_ROWS, padded tokens]``; on a CPU ``[padded tokens, sites, rows]``, as it
+lies in memory: Inductor would copy what is not contiguous. All operations write it, as far as the compiler can tell,
+which keeps them in the graph, in order and free of constants. ``scales``: float32 ``[sites, 4]``, of `Buffers`; read
+where there are rows for the counts. ``histograms``: int64 ``[sites, NUM_BINS]``, counted up for ever. The sites are
+those of a group on a GPU, where all layers share one compiled piece, and all on a CPU. ``sampling``: int64 ``[1]``, of
+`packed`; 0 counts none.
 
 Left to Inductor, the reductions are fused into the kernels that make the tensors: measured, that costs a decode step
 5-13 % on an H200, because row reductions make short kernels twice as long, and a CPU engine half of its start-up time

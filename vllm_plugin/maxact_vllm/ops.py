@@ -7,8 +7,9 @@ CPU, plain torch where that cannot be built. On a GPU `fold` launches its own wi
 from __future__ import annotations
 
 import functools
-from typing import Final
+from typing import Any, Final
 
+import torch
 from torch import library
 
 from maxact_vllm import fold, kernels_cpu, logger, observe
@@ -35,8 +36,12 @@ def _define_on_cpu() -> None:
         kernels_cpu.load()
     except kernels_cpu.BuildError as error:
         logger.warning("maxact observes this CPU the slow way: %s", error)
-        _LIBRARY.impl("observe", observe.reference, "CPU")
+        _LIBRARY.impl("observe", _observe_on_cpu, "CPU")
         _LIBRARY.impl("fold", fold.reference, "CPU")
+
+
+def _observe_on_cpu(tensors: list[torch.Tensor], rows: torch.Tensor, *others: Any) -> None:
+    observe.reference(tensors, rows.permute(1, 2, 0), *others)
 
 
 def _define_on_gpu() -> None:
