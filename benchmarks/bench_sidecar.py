@@ -14,7 +14,7 @@
   percent of one core (``fleet_core_pct``), its largest resident memory, by how much its last is above the median of the
   first half, and the time from sending a window that asks for it to its acknowledgement: the window is merged and
   judged then, and in every scrape that starts later (``window_to_metric_p99_ms``). As in a real fleet, one window in
-  thirty has a histogram.
+  thirty has a histogram, at a time of its worker's own.
 
 Last line: ``RESULT {"render_50k_ms": .., "render_50k_naive_ms": .., "scrape_50k_s": .., "ingest_windows_per_s": ..,
 "ingest_wall_windows_per_s": .., "ingest_cpu_us": .., "ingest_bare_us": .., "decode_us": .., "decode_nested_us": ..,
@@ -354,7 +354,8 @@ async def _stream(
                 latencies.append(time.monotonic() - sent)
             request.window.sequence += 1
             request.window.lifetime = b""  # only a stream's first window has it
-            request.window.histogram = histogram if request.window.sequence % HISTOGRAM_EVERY == 0 else b""
+            has_histogram = (request.window.sequence + round(1000 * delay)) % HISTOGRAM_EVERY == 0
+            request.window.histogram = histogram if has_histogram else b""
             due = max(due + interval, sent)
         windows.append(request.window.sequence - 1)
         await call.done_writing()

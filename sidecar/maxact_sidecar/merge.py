@@ -137,6 +137,12 @@ class _Running:
             missed = ~(seen | (nonfinite > 0)) * tokens[phases, None]
             self._add_rare(phases, np.stack([nonfinite, missed]))
 
+    def clear(self) -> None:
+        """Hold nothing again."""
+        self.energies.fill(0)
+        self.tokens.fill(0)
+        self.rare = None
+
     def absorb(self, other: _Running) -> None:
         """Add what another one holds."""
         self.energies += other.energies
@@ -228,15 +234,15 @@ class RankState:
         """Forget what is older than the hold horizon, but for the sums of all time."""
         if period == self._period:
             return
-        adjacent = period == self._period + 1
+        # Emptied, not made anew: a fleet does this every few seconds, and its heap would end in pieces.
+        for _ in range(1 if period == self._period + 1 else 2):
+            self._past.absorb(self._sums[0])
+            self._sums[0].clear()
+            self._extrema[0].fill(-np.inf)
+            self._counts[0].fill(0)
+            for buckets in (self._sums, self._extrema, self._counts):
+                buckets.reverse()
         self._period = period
-        num_sites = len(self.layout.sites)
-        for over in self._sums[:1] if adjacent else self._sums:
-            self._past.absorb(over)
-        self._extrema = [self._extrema[-1] if adjacent else empty_extrema(num_sites), empty_extrema(num_sites)]
-        fresh = [_Running(num_sites, np.float32) for _ in range(1 if adjacent else 2)]
-        self._sums = [*self._sums[1:], *fresh][-2:]
-        self._counts = [self._counts[-1] if adjacent else self._no_counts(), self._no_counts()]
 
     def hold_extrema(self) -> Extrema:
         """Extrema over the hold horizon, a new array."""

@@ -221,24 +221,18 @@ class Store:
     def _write(
         self, engines: Iterable[tuple[EngineKey, Memory]], cards: Sequence[LoadedCard], all_windows: bool
     ) -> None:
-        marks: list[tuple[Any, ...]] = []
-        flags: list[tuple[Any, ...]] = []
         written: dict[EngineKey, Memory] = {}
-        for engine, memory in engines:
-            before = self._engines.get(engine) or empty_memory((), memory.criteria)
-            changed = _changed(memory, before, all_windows)
-            marks += _mark_rows(engine, memory, before)
-            flags += _flag_rows(engine, memory, changed)
-            written[engine] = _as_written(memory, before, changed)
-        new_cards = list(cards) != self._cards
-        if marks or flags or new_cards:
-            with self._connection:
-                self._connection.executemany(_UPSERT_MARK, marks)
-                self._connection.executemany(_UPSERT_FLAG, flags)
-                if new_cards:
-                    self._connection.execute("DELETE FROM cards")
-                    rows = [(each.served_model, each.name, each.card.model_dump_json()) for each in cards]
-                    self._connection.executemany("INSERT INTO cards VALUES (?, ?, ?)", rows)
+        with self._connection:  # one transaction, and only one engine's rows in memory
+            for engine, memory in engines:
+                before = self._engines.get(engine) or empty_memory((), memory.criteria)
+                changed = _changed(memory, before, all_windows)
+                self._connection.executemany(_UPSERT_MARK, _mark_rows(engine, memory, before))
+                self._connection.executemany(_UPSERT_FLAG, _flag_rows(engine, memory, changed))
+                written[engine] = _as_written(memory, before, changed)
+            if list(cards) != self._cards:
+                self._connection.execute("DELETE FROM cards")
+                rows = [(each.served_model, each.name, each.card.model_dump_json()) for each in cards]
+                self._connection.executemany("INSERT INTO cards VALUES (?, ?, ?)", rows)
         self._engines |= written
         self._cards = list(cards)
 
