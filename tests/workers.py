@@ -68,8 +68,12 @@ class Worker:
 
     def send_raw(self, own: wire.Window) -> None:
         """Send a window as it is and wait for its acknowledgement."""
-        self._requests.put(wire.encode_window(own))
+        self.post(own)
         assert next(self._replies).window_ack.sequence == own.sequence
+
+    def post(self, own: wire.Window) -> None:
+        """Send a window as it is."""
+        self._requests.put(wire.encode_window(own))
 
     def close(self) -> None:
         """End the stream."""

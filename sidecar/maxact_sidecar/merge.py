@@ -192,7 +192,7 @@ class RankState:
         self.marks = 0
         """How often an extremum of the lifetime rose."""
         self._period = 0
-        self._extrema = [empty_extrema(num_sites) for _ in range(2)]
+        self._buckets = [empty_extrema(num_sites) for _ in range(2)]
         self._sums = [_Running(num_sites, np.float32) for _ in range(2)]
         self._past = _Running(num_sites, np.float64)
         """Sums before those of the hold horizon."""
@@ -208,7 +208,7 @@ class RankState:
         """Merge a window that arrived in half-horizon number ``period``, at epoch ``seconds``; its extrema."""
         extrema = _extrema(window.values)
         self.rotate(period)
-        np.maximum(self._extrema[-1], extrema, out=self._extrema[-1])
+        np.maximum(self._buckets[-1], extrema, out=self._buckets[-1])
         self._raise(extrema)
         if window.lifetime is not None:
             self._raise(_extrema(window.lifetime))
@@ -238,15 +238,15 @@ class RankState:
         for _ in range(1 if period == self._period + 1 else 2):
             self._past.absorb(self._sums[0])
             self._sums[0].clear()
-            self._extrema[0].fill(-np.inf)
+            self._buckets[0].fill(-np.inf)
             self._counts[0].fill(0)
-            for buckets in (self._sums, self._extrema, self._counts):
+            for buckets in (self._sums, self._buckets, self._counts):
                 buckets.reverse()
         self._period = period
 
     def hold_extrema(self) -> Extrema:
         """Extrema over the hold horizon, a new array."""
-        return np.maximum(*self._extrema)
+        return np.maximum(*self._buckets)
 
     def part(self, *, hold: bool) -> Part:
         """A copy of the statistics over the hold horizon, or since the worker started."""

@@ -45,6 +45,42 @@ def test_an_idle_engine_has_no_current_values() -> None:
     assert np.isnan(only(fleet, 30).absmax).all()
 
 
+def test_only_what_a_state_does_not_know_yet_is_told_it() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    rank.send(0, [1.0, 5.0, 2.0])
+    [engine] = fleet.engines.values()
+    told = []
+    for seconds, peaks in ((1, [1.0, 5.0, 2.0]), (2, [1.0, 6.0, 2.0]), (3, 1.0), (4, [1.0, 70_000.0, 1.0]), (5, 1.0)):
+        engine.memory(at(seconds))
+        rank.send(seconds, peaks)
+        told.append(engine.is_unsaved(at(seconds)))
+    assert told == [False, True, False, True, False]
+    assert engine.is_unsaved(at(65)), "how many windows a calm flag saw is told once a minute"
+
+
+def test_sums_since_the_start_go_on_when_the_hold_horizon_moves() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    for seconds in (0, 4, 9, 14, 60, 61):
+        rank.send(seconds, 8.0)
+    seen = only(fleet, 62)
+    elements = [seen.total.elements[stats.PREFILL, 0], seen.hold.elements[stats.PREFILL, 0]]
+    assert elements == [6 * 4 * WIDTH, 2 * 4 * WIDTH]
+    np.testing.assert_allclose(seen.total.rms[stats.PREFILL], 2.0)
+    assert seen.total.sums[merge.TOKENS, stats.FIRST].tolist() == [0.0] * len(SITES)
+
+
+def test_a_site_that_did_not_run_in_a_window_counts_no_tokens_of_it() -> None:
+    fleet = make()
+    rank = Rank(fleet)
+    values = window(0, 3.0).values
+    values[:, 1] = stats.empty(1)[:, 0]
+    rank.send(0, 3.0)
+    rank.send(1, 3.0, values=values)
+    assert only(fleet, 2).total.sums[merge.TOKENS, stats.PREFILL].tolist() == [8.0, 4.0, 8.0]
+
+
 def test_rms_and_mean_magnitude_are_over_elements() -> None:
     fleet = make()
     Rank(fleet).send(0, 8.0)

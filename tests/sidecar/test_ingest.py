@@ -48,6 +48,15 @@ def test_a_resent_window_is_acknowledged_and_not_counted_again(sidecar: Sidecar)
     assert tokens(sidecar) == 4
 
 
+def test_windows_that_do_not_ask_are_merged_and_covered_by_the_next_acknowledgement(sidecar: Sidecar) -> None:
+    worker = sidecar.connect()
+    for sequence in (1, 2):
+        worker.post(window(sequence, 1.0, layout_id=worker.layout_id, acknowledge_later=True, lifetime=None))
+    worker.send_raw(window(3, 5.0, layout_id=worker.layout_id, lifetime=None))  # the first answer is for this one
+    assert tokens(sidecar) == 12
+    assert {site["absmax_high_water"] for site in sidecar.get("sites")} == {5.0}
+
+
 def test_a_worker_that_was_away_keeps_its_place(sidecar: Sidecar) -> None:
     first = sidecar.connect()
     first.send(1.0)
