@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -72,6 +73,19 @@ def test_a_histogram_comes_when_there_is_something_to_count_then_rarely_and_with
     last = flusher.close_window().histogram
     assert last is not None
     assert (last[2, 0], last.sum()) == (3, 3)
+
+
+def test_the_first_histograms_follow_one_another_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    state, histograms = Accumulators(NUM_SITES, torch.device("cpu")), torch.zeros(NUM_SITES, stats.NUM_BINS)
+    flusher = Flusher(state, histograms.long(), layout(), [].append)
+    seconds, came = 0.0, []
+    monkeypatch.setattr(time, "monotonic", lambda: seconds)
+    for second in range(120):
+        seconds = 1000.0 + second
+        flusher._histograms[0, 0] += 1
+        if flusher.close_window().histogram is not None:
+            came.append(second)
+    assert came == [0, 10, 20, 30, 40, 50, 80, 110]
 
 
 def test_no_fold_is_lost_or_counted_twice_while_windows_are_closed() -> None:

@@ -21,6 +21,8 @@ from maxact_vllm.fold import Accumulators
 
 _HISTOGRAM_SECONDS = 30.0
 """A histogram is four times as large as the rest of a window, and its shape changes slowly."""
+_FIRST_HISTOGRAMS, _FIRST_SECONDS = 6, 10.0
+"""The first ones follow one another sooner: a shape needs many rows, and of 64 one is counted."""
 
 
 class Flusher(threading.Thread):
@@ -38,6 +40,7 @@ class Flusher(threading.Thread):
         self._histograms = histograms
         self._counted = np.zeros(tuple(histograms.shape), np.int64)
         self._next_histogram = 0.0
+        self._num_histograms = 0
         self._layout = layout
         self._deliver = deliver
         self._lifetime = stats.empty(len(layout.sites))[..., : stats.NUM_EXTREMA].copy()
@@ -99,14 +102,16 @@ class Flusher(threading.Thread):
         )
 
     def _close_histogram(self) -> wire.Histogram | None:
-        """What was counted since the last one; None before `_HISTOGRAM_SECONDS` have passed, or without any."""
+        """What was counted since the last one; None before its time has come, or without any."""
         if time.monotonic() < self._next_histogram and not self._halt.is_set():
             return None
         counted = self._read()
         grown, self._counted = counted - self._counted, counted
         if not grown.any():
             return None
-        self._next_histogram = time.monotonic() + _HISTOGRAM_SECONDS
+        self._num_histograms += 1
+        early = self._num_histograms < _FIRST_HISTOGRAMS
+        self._next_histogram = time.monotonic() + (_FIRST_SECONDS if early else _HISTOGRAM_SECONDS)
         return grown.astype(np.float32)
 
     def _watch_silent_sites(self, values: stats.Values) -> None:
