@@ -80,7 +80,8 @@ class Card(BaseModel):
     vllm_version: str
     prompts: NonNegativeInt | None = None
     tokens: CardTokens
-    sites: list[CardSite] = Field(min_length=1)
+    # `_refuse_duplicates`, as far as JSON Schema can say it.
+    sites: list[CardSite] = Field(min_length=1, json_schema_extra={"uniqueItems": True})
 
     @model_validator(mode="after")
     def _refuse_duplicates(self) -> Card:
