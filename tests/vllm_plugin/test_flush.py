@@ -59,33 +59,26 @@ def test_lifetime_extrema_outlive_their_window() -> None:
     assert (window.lifetime[stats.DECODE, :, stats.MAX] == 5.0).all()
 
 
-def test_a_histogram_comes_when_there_is_something_to_count_then_rarely_and_with_the_last_window() -> None:
+def test_histograms_come_at_once_at_first_then_rarely_and_with_the_last_window(monkeypatch: pytest.MonkeyPatch) -> None:
     state, histograms = Accumulators(NUM_SITES, torch.device("cpu")), torch.zeros(NUM_SITES, stats.NUM_BINS)
     flusher = Flusher(state, histograms.long(), layout(), [].append)
-    assert flusher.close_window().histogram is None
-    flusher._histograms[1, 5] += 7
-    first = flusher.close_window().histogram
-    assert first is not None
-    assert (first[1, 5], first.sum()) == (7, 7)
+    assert flusher.close_window().histogram is None, "nothing was counted"
+    now, came = 0.0, []
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for second in range(80):
+        now = 1000.0 + second
+        flusher._histograms[1, 5] += 7
+        histogram = flusher.close_window().histogram
+        if histogram is not None:
+            came.append((second, int(histogram[1, 5])))
+            assert histogram.sum() == histogram[1, 5]
+    assert came == [*((second, 7) for second in range(20)), (49, 210), (79, 210)]
     flusher._histograms[2, 0] += 3
     assert flusher.close_window().histogram is None
     flusher.stop()
     last = flusher.close_window().histogram
     assert last is not None
     assert (last[2, 0], last.sum()) == (3, 3)
-
-
-def test_the_first_histograms_follow_one_another_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
-    state, histograms = Accumulators(NUM_SITES, torch.device("cpu")), torch.zeros(NUM_SITES, stats.NUM_BINS)
-    flusher = Flusher(state, histograms.long(), layout(), [].append)
-    seconds, came = 0.0, []
-    monkeypatch.setattr(time, "monotonic", lambda: seconds)
-    for second in range(120):
-        seconds = 1000.0 + second
-        flusher._histograms[0, 0] += 1
-        if flusher.close_window().histogram is not None:
-            came.append(second)
-    assert came == [0, 10, 20, 30, 40, 50, 80, 110]
 
 
 def test_no_fold_is_lost_or_counted_twice_while_windows_are_closed() -> None:

@@ -21,8 +21,8 @@ from maxact_vllm.fold import Accumulators
 
 _HISTOGRAM_SECONDS = 30.0
 """A histogram is four times as large as the rest of a window, and its shape changes slowly."""
-_FIRST_HISTOGRAMS, _FIRST_SECONDS = 6, 10.0
-"""The first ones follow one another sooner: a shape needs many rows, and of 64 one is counted."""
+_FIRST_HISTOGRAMS = 20
+"""So many come as soon as there is anything to tell: of 64 rows one is counted, and nothing is judged by a few."""
 
 
 class Flusher(threading.Thread):
@@ -110,8 +110,8 @@ class Flusher(threading.Thread):
         if not grown.any():
             return None
         self._num_histograms += 1
-        early = self._num_histograms < _FIRST_HISTOGRAMS
-        self._next_histogram = time.monotonic() + (_FIRST_SECONDS if early else _HISTOGRAM_SECONDS)
+        if self._num_histograms >= _FIRST_HISTOGRAMS:
+            self._next_histogram = time.monotonic() + _HISTOGRAM_SECONDS
         return grown.astype(np.float32)
 
     def _watch_silent_sites(self, values: stats.Values) -> None:
