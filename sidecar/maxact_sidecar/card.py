@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 
 from maxact_proto import stats, wire
 from maxact_sidecar import merge
@@ -33,12 +43,22 @@ def _known_site(name: str) -> str:
     return name
 
 
+def _no_truth(value: object) -> object:
+    if isinstance(value, bool):  # Python counts it among the numbers, JSON does not
+        raise ValueError(f"{str(value).lower()} is not a number")
+    return value
+
+
+Count = Annotated[NonNegativeInt, BeforeValidator(_no_truth)]
+Number = Annotated[float, BeforeValidator(_no_truth)]
+
+
 class CardTokens(BaseModel):
     """Tokens behind a card, per phase."""
 
-    first: NonNegativeInt
-    prefill: NonNegativeInt
-    decode: NonNegativeInt
+    first: Count
+    prefill: Count
+    decode: Count
 
 
 class CardSite(BaseModel):
@@ -46,20 +66,20 @@ class CardSite(BaseModel):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    layer: NonNegativeInt | None
+    layer: Count | None
     """None for embedding and final_norm."""
     site: Annotated[str, AfterValidator(_known_site), Field(json_schema_extra={"enum": list(stats.SITES)})]
     phase: Literal["first", "prefill", "decode"]
-    width: int = Field(gt=0)
+    width: Count = Field(gt=0)
     """Elements per token, all shards."""
-    min: float
-    max: float
-    absmax: float = Field(ge=0)
-    rms: float = Field(ge=0)
-    mean_abs: float = Field(ge=0)
-    elements: NonNegativeInt
-    tokens: NonNegativeInt
-    nonfinite: NonNegativeInt
+    min: Number
+    max: Number
+    absmax: Number = Field(ge=0)
+    rms: Number = Field(ge=0)
+    mean_abs: Number = Field(ge=0)
+    elements: Count
+    tokens: Count
+    nonfinite: Count
     """Token rows holding a NaN or an infinity; in no other number."""
 
 
@@ -74,11 +94,11 @@ class Card(BaseModel):
     engine: str | None
     """None where several engines were merged."""
     dtype: str
-    bos: bool | None = None
-    created_seconds: float
+    bos: StrictBool | None = None
+    created_seconds: Number
     maxact_version: str
     vllm_version: str
-    prompts: NonNegativeInt | None = None
+    prompts: Count | None = None
     tokens: CardTokens
     # `_refuse_duplicates`, as far as JSON Schema can say it.
     sites: list[CardSite] = Field(min_length=1, json_schema_extra={"uniqueItems": True})

@@ -130,7 +130,11 @@ def _add_api(app: FastAPI, fleet: Fleet) -> None:
     @app.post(
         "/api/v1/cards",
         status_code=201,
-        responses={409: {"description": "Too many cards"}, 413: {"description": "Card too large"}},
+        responses={
+            400: {"description": "Not UTF-8"},
+            409: {"description": "Too many cards"},
+            413: {"description": "Card too large"},
+        },
     )
     async def load_card(card: Card, name: Name = None, add: Add = False) -> api.CardView:
         """Judge ``range`` against this card, in place of those of the same model or, with ``add``, as well."""
