@@ -31,11 +31,11 @@ from maxact_sidecar.tls import make_identities
 
 _SETTLE_SECONDS = 1.0
 _GRACE_SECONDS = 0.5
+"""For the window being merged: streams of workers never end by themselves, and what is not acknowledged comes again."""
 _M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # malloc.h
 _LARGE_BYTES = 1 << 17
 _OTHER_FILES = 128
 """Beside connections: state, cards, what gRPC and Python hold open."""
-"""For the window being merged: streams of workers never end by themselves, and what is not acknowledged comes again."""
 
 _RELOADED: Final = {"cards", "stale", "flag_hold", "max_series", *(f"{meaning}_threshold" for meaning in MEANINGS)}
 _FIXED: Final = [name for name in Settings.model_fields if name not in _RELOADED]
