@@ -1,10 +1,10 @@
 """Hop 5/9: `Window` -> merged with its successors until acknowledged -> gRPC, one bidirectional stream per worker.
 
 A few windows may be under way; the sidecar is asked to acknowledge every fourth, which spares it up to a third of what
-gRPC costs it. While no more may be sent the next ones merge into one that waits, so a sidecar that is away for an hour costs
-a few windows of memory and loses no extremum. A window that was sent but not acknowledged is sent again unchanged after
-a reconnect: its sequence number lets the sidecar drop what it already merged, so sums are never counted twice. The
-channel is made lazily, in the worker, never inherited over a fork.
+gRPC costs it. While no more may be sent the next ones merge into one that waits, so a sidecar that is away for an hour
+costs a few windows of memory and loses no extremum. A window that was sent but not acknowledged is sent again unchanged
+after a reconnect: its sequence number lets the sidecar drop what it already merged, so sums are never counted twice.
+The channel is made lazily, in the worker, never inherited over a fork.
 """
 
 from __future__ import annotations
