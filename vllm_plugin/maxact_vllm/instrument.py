@@ -146,11 +146,12 @@ def _hook_group(
         if last.reads in ("output", "residual", "sum"):
             last.module.register_forward_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
         elif last.name == "attn_input" and last.layer in projections:
-            # From behind the input projection to the output projection: what runs there leaves the GPU room.
+            # From behind the input projection to behind the output projection: what runs there leaves the GPU room.
+            # Not longer: the norm that comes next may write over what it is given.
             end = projections[last.layer].module
             end.register_buffer("_maxact_branch", buffers["rows"], persistent=False)
             last.module.register_forward_hook(_forking(pending, names))
-            end.register_forward_pre_hook(_joining(pending), with_kwargs=True)
+            end.register_forward_hook(_joining(pending))
         else:
             last.module.register_forward_pre_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
 
@@ -216,10 +217,10 @@ def _forking(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
 
 
 def _joining(pending: Pending) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # What the attention made is an argument so that the join comes behind it.
-        attended = (*args, *kwargs.values())[0]
-        torch.ops.maxact.join([*(x for _, x in pending), attended], module._maxact_branch)
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # What the projection made is an argument so that the join comes behind it.
+        made = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
+        torch.ops.maxact.join([*(x for _, x in pending), *made], module._maxact_branch)
         pending.clear()
 
     return hook
