@@ -9,6 +9,7 @@ known.
 
 On a GPU a group is one stretch, and its operation runs on a branch of the graph beside the attention and the
 output projection that follow.
+
 On a CPU the compiled graph is whole, and calling an operation takes longer than reading a token, because weights have
 driven its code out of the caches meanwhile: there a group is as many stretches as `_HELD_ELEMENTS` lets wait. Run
 eagerly, where the next layer may write over what the last one made, every stretch is read at its own end.
