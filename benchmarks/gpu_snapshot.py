@@ -25,12 +25,12 @@ import torch
 from maxact_proto import stats, wire
 from maxact_vllm import ops
 from maxact_vllm.buffers import allocate
-from maxact_vllm.compat import Step
+from maxact_vllm.compat import Requests, Step
 from maxact_vllm.flush import Flusher
 from maxact_vllm.fold import Folder
 
 ROWS = 64
-DECODE = Step(ROWS, lambda: np.full(ROWS, 1, np.int32), *(np.full(ROWS, each, np.int32) for each in (10, 5)))
+DECODE = Step(ROWS, lambda: Requests(*(np.full(ROWS, each, np.int32) for each in (1, 10, 5))))
 """One row of each of as many requests, behind their prompts."""
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from maxact_proto import stats, wire
 from maxact_proto.v1 import telemetry_pb2 as pb
 from maxact_vllm.buffers import allocate
-from maxact_vllm.compat import Step
+from maxact_vllm.compat import Requests, Step
 from maxact_vllm.config import Settings
 from maxact_vllm.flush import Flusher
 from maxact_vllm.fold import Folder
@@ -44,7 +44,7 @@ def run_step(module: nn.Module, folder: Folder, planted: float) -> None:
     x[TOKEN, 507] = planted
     x[6:] = 1e6
     module(x)
-    folder.fold(Step(6, lambda: np.array([6]), np.array([0]), np.array([6])))
+    folder.fold(Step(6, lambda: Requests(np.array([6]), np.array([0]), np.array([6]))))
 
 
 @pytest.mark.server

@@ -13,14 +13,14 @@ from engines import run_interpreted
 from maxact_proto import stats
 from maxact_vllm import ops
 from maxact_vllm.buffers import NUM_ROWS, allocate
-from maxact_vllm.compat import StaticScale, Step
+from maxact_vllm.compat import Requests, StaticScale, Step
 from maxact_vllm.fold import Folder, phases_of, reference
 
 
 def step(*requests: tuple[int, int, int]) -> Step:
     """A step of (scheduled, computed, prompt length) per request."""
-    scheduled, computed, prompts = (np.array(column, np.int32) for column in zip(*requests, strict=True))
-    return Step(int(scheduled.sum()), lambda: scheduled, computed, prompts)
+    columns = Requests(*(np.array(column, np.int32) for column in zip(*requests, strict=True)))
+    return Step(int(columns.scheduled.sum()), lambda: columns)
 
 
 def fill(block: torch.Tensor, num_tokens: int, seed: int = 0) -> np.ndarray:
@@ -134,7 +134,23 @@ def test_tokens_are_counted_per_phase() -> None:
     folder = Folder(allocate([None], 64, torch.device("cpu")))
     folder.fold(step((5, 0, 5), (1, 3, 3)))
     folder.fold(step((1, 5, 5), (1, 4, 3)))
-    assert folder.accumulators.tokens[0].tolist() == [1, 4, 3]
+    assert folder.accumulators.tokens[0] == [1, 4, 3]
+
+
+def test_a_decode_step_whose_requests_go_on_asks_for_nothing() -> None:
+    ops.define("cpu")
+    folder = Folder(allocate([None], 64, torch.device("cpu")))
+    asked: list[int] = []
+
+    def requests(computed: int) -> Requests:
+        asked.append(computed)
+        return Requests(*(np.array([each], np.int32) for each in (1, computed, 3)))
+
+    folder.fold(Step(1, lambda: requests(2)))
+    folder.fold(Step(1, lambda: requests(3), continues=True))
+    folder.fold(Step(1, lambda: requests(4), continues=True))
+    assert asked == [2, 3], "a prompt that is read token by token goes on, too"
+    assert folder.accumulators.tokens[0] == [0, 1, 2]
 
 
 @pytest.mark.timeout(300)

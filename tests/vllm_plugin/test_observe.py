@@ -97,10 +97,28 @@ class Draws(random.Random):
         return self._draw
 
 
-@pytest.mark.parametrize("place", [0, 18, 31])
-def test_a_nan_shows_in_the_maximum_wherever_it_stands(place: int) -> None:
+@pytest.mark.parametrize("dtype", observe.DTYPES)
+@pytest.mark.parametrize("width", [1, 2, 31, 33, 64, 97, 200])
+def test_extrema_are_exact_whatever_the_signs(width: int, dtype: torch.dtype) -> None:
     ops.define("cpu")
-    x = torch.randn(2, 32)
+    x = torch.randn(8, width) * 2.0 ** torch.randint(-20, 10, (8, width))
+    x[1], x[2] = x[1].abs() + 1e-3, -x[2].abs() - 1e-3
+    x[3], x[4] = 0.0, -0.0
+    x[5] = x[5].relu()
+    x[6, -1], x[7, -1] = torch.inf, -torch.inf
+    x = x.to(dtype)
+    rows = torch.zeros(64, 1, NUM_ROWS)
+    histograms = torch.zeros(1, stats.NUM_BINS, dtype=torch.int64)
+    torch.ops.maxact.observe([x], rows, histograms, torch.tensor([0]), UNSCALED, [0])
+    assert torch.equal(rows[:8, 0, stats.MAX], x.float().amax(-1))
+    assert torch.equal(rows[:8, 0, stats.MIN], x.float().amin(-1))
+
+
+@pytest.mark.parametrize("dtype", observe.DTYPES)
+@pytest.mark.parametrize("place", [0, 18, 31])
+def test_a_nan_shows_in_the_maximum_wherever_it_stands(place: int, dtype: torch.dtype) -> None:
+    ops.define("cpu")
+    x = torch.randn(2, 32).to(dtype)
     x[1, place] = torch.nan
     rows = torch.zeros(64, 1, NUM_ROWS)
     histograms = torch.zeros(1, stats.NUM_BINS, dtype=torch.int64)

@@ -77,7 +77,7 @@ V2_STEP: Final = (
     Seam("runner", "execute_model_state", "value"),
     *(Seam(_V2_BATCH_CLASS, name, "value") for name in _V2_BATCH),
 )
-"""What `compat.read_step` reads of either runner."""
+"""What `compat.StepReader` reads of either runner."""
 
 _CLASSES: Final = {
     "worker": ("vllm.v1.worker.gpu_worker:Worker", "vllm.v1.worker.cpu_worker:CPUWorker"),

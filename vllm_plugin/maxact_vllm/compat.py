@@ -9,25 +9,34 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The rows of one forward pass: requests in batch order, host arrays of shape ``[num_requests]``."""
+class Requests(NamedTuple):
+    """The requests of one forward pass in batch order: host arrays of shape ``[num_requests]``."""
 
-    num_tokens: int
-    """Token rows that count; the rows behind them are padding."""
-    scheduled: Callable[[], npt.NDArray[np.int32]]
-    """Rows of each request. Only mixed steps ask, and it takes a look-up per request."""
+    scheduled: npt.NDArray[np.int32]
+    """Rows of each request."""
     computed: npt.NDArray[np.int32]
     """Tokens of each request computed before this step: the position of its first row."""
     prompt_lens: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The rows of one forward pass."""
+
+    num_tokens: int
+    """Token rows that count; the rows behind them are padding."""
+    requests: Callable[[], Requests]
+    """Look-ups per request and arrays, whose code a forward drives out of the caches: most decode steps do not ask."""
     cached: int = 0
     """Tokens of requests that start here whose keys and values were cached: they are never rows."""
+    continues: bool = False
+    """The requests of the step before, as many rows of each, and none that starts or starts again."""
 
 
 def unsupported(vllm_config: Any) -> str:
@@ -86,37 +95,48 @@ def captures_pieces() -> bool:
         return True
 
 
-def read_step(runner: Any, scheduler_output: Any) -> Step | None:
-    """What the forward that `execute_model` just launched was made of; None when it ran no real token.
+class StepReader:
+    """Reads what the forwards of one runner are made of."""
 
-    V2 keeps its batch in ``execute_model_state.input_batch``; V1 in the persistent ``input_batch``. vLLM 0.26-0.32.
-    """
-    if not getattr(scheduler_output, "total_num_scheduled_tokens", 0):
-        return None
-    batch = runner.input_batch if hasattr(runner, "input_batch") else runner.execute_model_state.input_batch
-    cached = _cached_tokens(scheduler_output)
-    if hasattr(batch, "num_computed_tokens_np"):
-        counts = (batch.num_computed_tokens_np, batch.prefill_len_np)
-        return Step(batch.num_tokens, lambda: batch.num_scheduled_tokens, *counts, cached)
-    num = batch.num_reqs
+    def __init__(self) -> None:
+        self._scheduled: dict[str, int] = {}
+        """Rows of each request of the step before."""
 
-    def scheduled() -> npt.NDArray[np.int32]:
+    def read(self, runner: Any, scheduler_output: Any) -> Step | None:
+        """What the forward that `execute_model` just launched was made of; None when it ran no real token.
+
+        V2 keeps its batch in ``execute_model_state.input_batch``; V1 in the persistent ``input_batch``. vLLM 0.26-0.32.
+        """
+        num_tokens = getattr(scheduler_output, "total_num_scheduled_tokens", 0)
+        if not num_tokens:
+            return None
+        batch = runner.input_batch if hasattr(runner, "input_batch") else runner.execute_model_state.input_batch
         by_request = scheduler_output.num_scheduled_tokens
-        return np.fromiter((by_request[name] for name in batch.req_ids[:num]), np.int32, num)
+        starting = scheduler_output.scheduled_new_reqs or scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        continues = not starting and by_request == self._scheduled
+        self._scheduled = by_request
+        if hasattr(batch, "num_computed_tokens_np"):
+            num_tokens = batch.num_tokens
 
-    counts = (batch.num_computed_tokens_cpu[:num], batch.num_prompt_tokens[:num])
-    return Step(scheduler_output.total_num_scheduled_tokens, scheduled, *counts, cached)
+            def requests() -> Requests:
+                return Requests(batch.num_scheduled_tokens, batch.num_computed_tokens_np, batch.prefill_len_np)
+
+        else:
+
+            def requests() -> Requests:
+                num = batch.num_reqs
+                scheduled = np.fromiter((by_request[name] for name in batch.req_ids[:num]), np.int32, num)
+                return Requests(scheduled, batch.num_computed_tokens_cpu[:num], batch.num_prompt_tokens[:num])
+
+        return Step(num_tokens, requests, _cached_tokens(scheduler_output) if starting else 0, continues)
 
 
 def _cached_tokens(scheduler_output: Any) -> int:
     """Tokens that requests which start, or start again after a preemption, found in the KV cache. vLLM 0.26-0.32."""
-    new = scheduler_output.scheduled_new_reqs
-    cached = sum(request.num_computed_tokens for request in new) if new else 0
     running = scheduler_output.scheduled_cached_reqs
-    if running.resumed_req_ids:
-        counts = zip(running.req_ids, running.num_computed_tokens, strict=True)
-        cached += sum(count for name, count in counts if name in running.resumed_req_ids)
-    return int(cached)
+    counts = zip(running.req_ids, running.num_computed_tokens, strict=True)
+    cached = sum(count for name, count in counts if name in running.resumed_req_ids)
+    return int(cached + sum(request.num_computed_tokens for request in scheduler_output.scheduled_new_reqs))
 
 
 def identity(vllm_config: Any) -> dict[str, Any]:

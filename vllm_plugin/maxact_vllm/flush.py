@@ -79,10 +79,10 @@ class Flusher(threading.Thread):
         folds = state.folds
         while folds % 2 and state.folds == folds:  # a fold is being launched, into which set we cannot know
             time.sleep(0.0002)
-        tokens = tuple(state.tokens[taken].tolist())
+        tokens = tuple(state.tokens[taken])
         values, counts = self._take(taken) if any(tokens) else (stats.empty(len(self._layout.sites)), None)
         cached, state.cached[taken] = state.cached[taken], 0
-        state.tokens[taken][:] = 0
+        state.tokens[taken][:] = [0] * len(tokens)
         np.maximum(self._lifetime[..., stats.MAX], values[..., stats.MAX], out=self._lifetime[..., stats.MAX])
         np.minimum(self._lifetime[..., stats.MIN], values[..., stats.MIN], out=self._lifetime[..., stats.MIN])
         if any(tokens):

@@ -27,12 +27,12 @@ _DECODE: Final = np.array([stats.DECODE], np.int8)
 
 def phases_of(step: Step) -> Codes:
     """The phases of a step's rows; ``[1]`` where they are all alike, as in every pure decode step."""
-    if (step.computed >= step.prompt_lens).all():
+    scheduled, computed, prompt_lens = step.requests()
+    if (computed >= prompt_lens).all():
         return _DECODE
-    scheduled = step.scheduled()
     starts = np.cumsum(scheduled) - scheduled
-    position = np.arange(step.num_tokens) - np.repeat(starts - step.computed, scheduled)
-    codes = np.where(position < np.repeat(step.prompt_lens, scheduled), stats.PREFILL, stats.DECODE)
+    position = np.arange(step.num_tokens) - np.repeat(starts - computed, scheduled)
+    codes = np.where(position < np.repeat(prompt_lens, scheduled), stats.PREFILL, stats.DECODE)
     codes[position == 0] = stats.FIRST
     return codes.astype(np.int8)
 
@@ -46,7 +46,7 @@ class Accumulators:
         """Per set float32 ``[num_phases, num_sites, num_stats]`` on the model's device."""
         self.counts = [torch.zeros(*self.empty.shape[:2], num_counts, dtype=torch.int64).to(device) for _ in range(2)]
         """Per set int64 ``[num_phases, num_sites, num_counts]``, of `stats.COUNTS` or of none."""
-        self.tokens = [np.zeros(len(stats.PHASES), np.int64) for _ in range(2)]
+        self.tokens = [[0] * len(stats.PHASES) for _ in range(2)]
         """Per set the token rows of each phase."""
         self.cached = [0, 0]
         """Per set the tokens that were taken from the prefix cache, so never were rows."""
@@ -96,6 +96,7 @@ class Folder:
         self._sampling = buffers.sampling
         self._draws = random.Random(0)
         self._chosen = 0
+        self._decoding = False
         self.accumulators = Accumulators(block.shape[1], block.device, block.shape[0] - NUM_ROWS)
         self._decode = torch.from_numpy(_DECODE).to(block.device)
         self._upload = _Upload(block.shape[2], block.device) if block.is_cuda else torch.from_numpy
@@ -120,7 +121,9 @@ class Folder:
     def fold(self, step: Step) -> None:
         """Fold a step whose forward was launched on the current stream."""
         self._choose(0)  # forwards that are no steps count nothing
-        codes = phases_of(step)
+        # Where the requests of a pure decode step go on, no position needs to be looked at.
+        codes = _DECODE if step.continues and self._decoding else phases_of(step)
+        self._decoding = codes is _DECODE
         state = self.accumulators
         state.folds += 1
         active = state.active
@@ -129,10 +132,12 @@ class Folder:
         phases = self._decode if codes is _DECODE else self._upload(codes)
         self._fold(self._block, state.values[active], state.counts[active], phases, step.num_tokens)
         state.cached[active] += step.cached
+        tokens = state.tokens[active]
         if codes is _DECODE:
-            state.tokens[active][stats.DECODE] += step.num_tokens
+            tokens[stats.DECODE] += step.num_tokens
         else:
-            state.tokens[active] += np.bincount(codes, minlength=len(stats.PHASES))
+            for phase, count in enumerate(np.bincount(codes).tolist()):
+                tokens[phase] += count
         state.folds += 1
 
 

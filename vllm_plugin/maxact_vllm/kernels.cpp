@@ -27,11 +27,19 @@ constexpr int kNumRows = 4, kSaturated = 0, kZeroed = 1, kNumCounts = 2;
 constexpr int kNumBins = 64, kLowestOctave = -22;
 constexpr int kSamplingBits = 21;  // maxact_vllm.observe
 
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Integers __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes)));
+// T in as many lanes as given.
+template <typename T, int lanes>
+struct In {
+  typedef T Vector __attribute__((vector_size(sizeof(T) * lanes)));
+};
+
+using Floats = In<float, kLanes>::Vector;
+using Integers = In<int32_t, kLanes>::Vector;
+using Words = In<uint32_t, kLanes>::Vector;
+using Halves = In<uint16_t, kLanes>::Vector;
+using Float16s = In<_Float16, kLanes>::Vector;
+using SignedPairs = In<int16_t, 2 * kLanes>::Vector;  // a register full of bfloat16
+using Pairs = In<uint16_t, 2 * kLanes>::Vector;
 
 struct Bfloat16 {
   uint16_t bits;
@@ -50,16 +58,119 @@ Floats load(const Bfloat16* x) { return (Floats)(__builtin_convertvector(read<Ha
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
+constexpr auto larger = [](auto a, auto b) { return a > b ? a : b; };
+constexpr auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+constexpr auto sum = [](auto a, auto b) { return a + b; };
+
+// All lanes of a vector into one value, halves first.
+template <typename T, int lanes, typename Vector, typename Operation>
+T reduce_lanes(Vector x, Operation operation) {
+  if constexpr (lanes == 1) {
+    return x[0];
+  } else {
+    typename In<T, lanes / 2>::Vector halves[2];
+    __builtin_memcpy(halves, &x, sizeof halves);
+    return reduce_lanes<T, lanes / 2>(operation(halves[0], halves[1]), operation);
+  }
+}
+
+struct Row {
+  float max, min, sum_squares, sum_abs;
+};
+
+// The lanes of a row of any type, and where it ends within a register.
+template <typename T>
 struct Lanes {
+  static constexpr int kStep = kLanes;
   Floats top = Floats{} - kInf, bottom = Floats{} + kInf, squares{}, magnitudes{};
 
-  void take(Floats value) { take(value, value, value); }
+  void take(const T* x) { take(load(x), load(x), load(x)); }
+
+  void take(const T* x, int64_t here) {
+    const Floats value = load(x);
+    Floats upper = value, lower = value;
+    for (int64_t lane = here; lane < kLanes; ++lane) upper[lane] = -kInf, lower[lane] = kInf;
+    take(value, upper, lower);
+  }
 
   void take(Floats value, Floats upper, Floats lower) {
-    top = upper > top ? upper : top;
-    bottom = lower < bottom ? lower : bottom;
+    top = larger(upper, top);
+    bottom = smaller(lower, bottom);
     squares += value * value;
-    magnitudes += value < 0 ? -value : value;
+    magnitudes += (Floats)((Words)value & 0x7fffffff);
+  }
+
+  void take(const Lanes& other) {
+    top = larger(other.top, top);
+    bottom = smaller(other.bottom, bottom);
+    squares += other.squares;
+    magnitudes += other.magnitudes;
+  }
+
+  Row reduced() const {
+    return {
+        reduce_lanes<float, kLanes>(top, larger), reduce_lanes<float, kLanes>(bottom, smaller),
+        reduce_lanes<float, kLanes>(squares, sum), reduce_lanes<float, kLanes>(magnitudes, sum)};
+  }
+};
+
+// Bfloat16 is compared as it lies in memory, twice as many at a time: as integers with a sign, numbers from zero on are
+// in order and those below zero in the reverse order; without a sign, the lowest of those is the largest of all.
+template <>
+struct Lanes<Bfloat16> {
+  static constexpr int kStep = 2 * kLanes;
+  static constexpr int16_t kLeast = -0x8000, kMost = 0x7fff;
+  static constexpr uint16_t kMagnitude = 0x7fff;
+  SignedPairs most = SignedPairs{} + kLeast, least = SignedPairs{} + kMost;
+  Pairs largest{};
+  Floats squares{}, magnitudes{};
+
+  void take(const Bfloat16* x) {
+    const Pairs bits = read<Pairs>(x);
+    take(bits, (SignedPairs)bits, (SignedPairs)bits);
+  }
+
+  void take(const Bfloat16* x, int64_t here) {
+    const Pairs bits = read<Pairs>(x);
+    SignedPairs upper = (SignedPairs)bits, lower = (SignedPairs)bits;
+    for (int64_t lane = here; lane < kStep; ++lane) upper[lane] = kLeast, lower[lane] = kMost;
+    take(bits, upper, lower);
+  }
+
+  void take(Pairs bits, SignedPairs upper, SignedPairs lower) {
+    most = larger(upper, most);
+    least = smaller(lower, least);
+    largest = larger(bits, largest);
+    const Words two = (Words)(bits & kMagnitude);
+    const Floats even = (Floats)(two << 16), odd = (Floats)(two & 0xffff0000);
+    squares += even * even;
+    squares += odd * odd;
+    magnitudes += even + odd;
+  }
+
+  void take(const Lanes& other) {
+    most = larger(other.most, most);
+    least = smaller(other.least, least);
+    largest = larger(other.largest, largest);
+    squares += other.squares;
+    magnitudes += other.magnitudes;
+  }
+
+  static float number(int32_t bits) {
+    const uint32_t word = static_cast<uint32_t>(bits) << 16;
+    float value;
+    __builtin_memcpy(&value, &word, sizeof value);
+    return value;
+  }
+
+  Row reduced() const {
+    const int16_t up = reduce_lanes<int16_t, kStep>(most, larger);
+    const uint16_t beyond = reduce_lanes<uint16_t, kStep>(largest, larger);
+    const bool positive = up >= 0, negative = beyond > kMagnitude;
+    const int16_t down = positive && negative ? 0 : reduce_lanes<int16_t, kStep>(least, smaller);
+    return {
+        number(positive ? up : down), number(negative ? beyond : down), reduce_lanes<float, kLanes>(squares, sum),
+        reduce_lanes<float, kLanes>(magnitudes, sum)};
   }
 };
 
@@ -73,35 +184,26 @@ struct Rows {
 
 template <typename T>
 void reduce_row(const T* x, int64_t width, Rows rows, int64_t token) {
-  Lanes even, odd;  // two, so that one addition need not wait for the one before
+  constexpr int kStep = Lanes<T>::kStep;
+  Lanes<T> even, odd;  // two, so that one addition need not wait for the one before
   int64_t column = 0;
-  for (; column + 2 * kLanes <= width; column += 2 * kLanes) {
-    even.take(load(x + column));
-    odd.take(load(x + column + kLanes));
+  for (; column + 2 * kStep <= width; column += 2 * kStep) {
+    even.take(x + column);
+    odd.take(x + column + kStep);
   }
-  for (; column < width; column += kLanes) {
-    T rest[kLanes] = {};
-    const int64_t here = std::min<int64_t>(kLanes, width - column);
+  for (; column < width; column += kStep) {
+    T rest[kStep] = {};
+    const int64_t here = std::min<int64_t>(kStep, width - column);
     std::copy_n(x + column, here, rest);
-    const Floats value = load(rest);
-    Floats upper = value, lower = value;
-    for (int64_t lane = here; lane < kLanes; ++lane) upper[lane] = -kInf, lower[lane] = kInf;
-    even.take(value, upper, lower);
+    even.take(rest, here);
   }
-  float max = -kInf, min = kInf, sum_squares = 0, sum_abs = 0;
-  for (const Lanes& lanes : {even, odd}) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      max = std::max(max, lanes.top[lane]);
-      min = std::min(min, lanes.bottom[lane]);
-      sum_squares += lanes.squares[lane];
-      sum_abs += lanes.magnitudes[lane];
-    }
-  }
-  // Comparisons ignore a NaN; the sum does not: let the row say so in its maximum, where the fold looks.
-  rows.at(kMax, token) = std::isnan(sum_abs) ? sum_abs : max;
-  rows.at(kMin, token) = min;
-  rows.at(kSumSquares, token) = sum_squares;
-  rows.at(kSumAbs, token) = sum_abs;
+  even.take(odd);
+  const Row row = even.reduced();
+  // Comparisons of floats ignore a NaN; the sum does not: let the row say so in its maximum, where the fold looks.
+  rows.at(kMax, token) = std::isnan(row.sum_abs) ? row.sum_abs : row.max;
+  rows.at(kMin, token) = row.min;
+  rows.at(kSumSquares, token) = row.sum_squares;
+  rows.at(kSumAbs, token) = row.sum_abs;
 }
 
 // Elements beyond limit, and those up to zero: a comparison of lanes is -1 where it holds.
@@ -142,6 +244,8 @@ struct Sampling {
 template <typename T>
 void count_row(const T* x, int64_t width, int64_t weight, int64_t* histogram) {
   constexpr int32_t first = (127 + kLowestOctave) * 2;  // exponent and first bit of the mantissa, as in the bits
+  constexpr int kCopies = 4;  // neighbours often share a bin: an addition need not wait for the one before
+  int32_t counts[kCopies][kNumBins] = {};
   for (int64_t column = 0; column < width; column += kLanes) {
     T part[kLanes] = {};
     const int64_t here = std::min<int64_t>(kLanes, width - column);
@@ -150,39 +254,42 @@ void count_row(const T* x, int64_t width, int64_t weight, int64_t* histogram) {
     Integers bins = (bits >> 22) - first;
     bins = bins < 0 ? 0 : bins;
     bins = bins > kNumBins - 1 ? kNumBins - 1 : bins;
-    for (int64_t lane = 0; lane < here; ++lane) histogram[bins[lane]] += weight;
+    for (int64_t lane = 0; lane < here; ++lane) ++counts[lane % kCopies][bins[lane]];
+  }
+  for (const auto& own : counts) {
+    for (int bin = 0; bin < kNumBins; ++bin) histogram[bin] += own[bin] * weight;
   }
 }
 
-// One tensor of a call and what becomes of it.
+// One tensor of a call and what becomes of it. What torch says of a tensor is asked once: every question is a call.
 struct Site {
-  const Tensor* tensor;
+  const void* data;
+  ScalarType type;
+  int64_t num_tokens, width, stride;
   Rows rows;
   const float* scale;
   int64_t* histogram;
-  ScalarType type;
 
   template <typename T>
   const T* row(int64_t token) const {
-    return static_cast<const T*>(tensor->data_ptr()) + token * tensor->stride(0);
+    return static_cast<const T*>(data) + token * stride;
   }
 };
 
 template <typename T>
 void reduce(const Site& site, int64_t first, int64_t last) {
-  const int64_t width = site.tensor->size(1);
   for (int64_t token = first; token < last; ++token) {
-    reduce_row(site.row<T>(token), width, site.rows, token);
-    if (site.scale) count_scaled(site.row<T>(token), width, site.scale[0], site.scale[1], site.rows, token);
+    reduce_row(site.row<T>(token), site.width, site.rows, token);
+    if (site.scale) count_scaled(site.row<T>(token), site.width, site.scale[0], site.scale[1], site.rows, token);
   }
 }
 
 template <typename T>
 void count(const Site& site, Sampling sampling) {
-  const int64_t num_tokens = std::min(sampling.num_tokens, site.tensor->size(0));
+  const int64_t num_tokens = std::min(sampling.num_tokens, site.num_tokens);
   for (int64_t token = sampling.offset; token < num_tokens; token += sampling.every) {
     if (std::isfinite(site.rows.at(kSumAbs, token))) {
-      count_row(site.row<T>(token), site.tensor->size(1), sampling.every, site.histogram);
+      count_row(site.row<T>(token), site.width, sampling.every, site.histogram);
     }
   }
 }
@@ -209,7 +316,11 @@ void count(const Site& site, Sampling sampling) {
 void observe(
     std::vector<Tensor> tensors, Tensor rows, Tensor histograms, Tensor sampling, Tensor scales,
     std::vector<int64_t> places) {
-  const bool counted = rows.size(2) > kNumRows;
+  float* const all_rows = static_cast<float*>(rows.data_ptr());
+  const int64_t stride_token = rows.stride(0), stride_site = rows.stride(1);
+  const float* const limits = rows.size(2) > kNumRows ? static_cast<const float*>(scales.data_ptr()) : nullptr;
+  const int64_t stride_scale = scales.stride(0);
+  int64_t* const counts = static_cast<int64_t*>(histograms.data_ptr());
   std::vector<Site> sites;
   sites.reserve(tensors.size());
   int64_t num_rows = 0, num_elements = 0;
@@ -219,20 +330,19 @@ void observe(
     STD_TORCH_CHECK(
         type == ScalarType::BFloat16 || type == ScalarType::Half || type == ScalarType::Float,
         "maxact::observe takes bfloat16, float16 and float32");
-    const Rows own{
-        static_cast<float*>(rows.data_ptr()) + places[k] * rows.stride(1), rows.stride(2), rows.stride(0)};
-    const float* scale = static_cast<const float*>(scales.data_ptr()) + places[k] * scales.stride(0);
-    int64_t* histogram = static_cast<int64_t*>(histograms.data_ptr()) + places[k] * kNumBins;
-    sites.push_back({&x, own, counted ? scale : nullptr, histogram, type});
-    num_rows += x.size(0);
-    num_elements += x.size(0) * x.size(1);
+    const int64_t place = places[k], num_tokens = x.size(0), width = x.size(1);
+    sites.push_back(
+        {x.data_ptr(), type, num_tokens, width, x.stride(0), {all_rows + place * stride_site, 1, stride_token},
+         limits ? limits + place * stride_scale : nullptr, counts + place * kNumBins});
+    num_rows += num_tokens;
+    num_elements += num_tokens * width;
   }
   // All rows of all tensors are one range, so that the few rows of a decode step keep every thread busy, too.
   const int64_t grain = kElementsPerTask / (num_elements / std::max<int64_t>(num_rows, 1) + 1) + 1;
   torch::stable::parallel_for(0, num_rows, grain, [&](int64_t first, int64_t last) {
     int64_t start = 0;
     for (const Site& site : sites) {
-      const int64_t here = site.tensor->size(0);
+      const int64_t here = site.num_tokens;
       if (first < start + here && last > start) {
         reduce(site, std::max<int64_t>(first - start, 0), std::min(last - start, here));
       }
@@ -241,7 +351,9 @@ void observe(
   });
   const Sampling sampled(*static_cast<const int64_t*>(sampling.data_ptr()));
   if (sampled.every > 0) {
-    for (const Site& site : sites) count(site, sampled);
+    torch::stable::parallel_for(0, sites.size(), 1, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) count(sites[k], sampled);
+    });
   }
 }
 

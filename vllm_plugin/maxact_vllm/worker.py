@@ -51,6 +51,7 @@ class Capture:
         buffers = allocate([tap.scale for tap in taps], compat.max_rows(vllm_config), device)
         compat.count_memory(runner, buffers.nbytes)
         instrument(taps, buffers, branch=device.type == "cuda")
+        self._steps = compat.StepReader()
         self._folder = Folder(buffers)
         layout = _layout(taps, vllm_config, settings)
         outbox = Outbox(len(taps))
@@ -87,7 +88,7 @@ class Capture:
         if not self._armed:
             return
         try:
-            step = compat.read_step(runner, scheduler_output)
+            step = self._steps.read(runner, scheduler_output)
             if step is not None:
                 self._folder.fold(step)
         except Exception:
