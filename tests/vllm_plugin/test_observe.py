@@ -193,6 +193,7 @@ class Decoder(nn.Module):
             )
             for _ in range(layers)
         )
+        self.final = AddNorm()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         residual = torch.zeros_like(x)
@@ -204,7 +205,8 @@ class Decoder(nn.Module):
             normed, residual = layer["post"](out, residual)
             x = layer["down"](layer["up"](normed).relu())
             residual.add_(1)
-        return x + residual
+        normed, residual = self.final(x, residual)
+        return normed.mul_(residual.add_(1))
 
 
 # The residual stream behind a layer is what the next one's norm returns.
@@ -219,10 +221,17 @@ def branches() -> Iterator[list[tuple[Any, ...]]]:
     ops.define("cpu")
     under_way: list[tuple[Any, ...]] = []
     fake = library.Library("maxact", "FRAGMENT")
-    fake.impl("fork", lambda *arguments: under_way.append(arguments), "CPU")
-    fake.impl("join", lambda tensors, rows: torch.ops.maxact.observe(*under_way.pop()), "CPU")
+    fake.impl("fork", lambda *arguments: None, "CPU")
+    fake.impl("branch", lambda *arguments: under_way.append(arguments[:-1]), "CPU")
+    fake.impl("join", lambda tensors, rows: observe_what_is_kept(under_way.pop(), tensors), "CPU")
     yield under_way
     fake._destroy()
+
+
+def observe_what_is_kept(arguments: tuple[Any, ...], kept: list[torch.Tensor]) -> None:
+    """At a join. What the branch reads and the join does not, may be written over in between."""
+    assert {x.data_ptr() for x in arguments[0]} <= {x.data_ptr() for x in kept}
+    torch.ops.maxact.observe(*arguments)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what Inductor imports
@@ -239,7 +248,12 @@ def test_compiled_what_waits_is_read_as_it_was(
             for name, (module, reads) in _READS.items()
             if index or name != "hidden"
         ]
+        + [
+            Tap(layer=4, name="hidden", path="", module=model.final, reads="residual", width=32),
+            Tap(layer=None, name="final_norm", path="", module=model.final, reads="output", width=32),
+        ]
     )
+    assert [tap.name for tap in taps[-3:]] == ["mlp_output", "hidden", "final_norm"]
     buffers = allocate([None] * len(taps), 64, torch.device("cpu"))
     monkeypatch.setattr(instrument_module, "_HELD_ELEMENTS", 64 * 32 * 13)
     instrument(taps, buffers, branch=branch)

@@ -7,8 +7,8 @@ site one operation reads them all and writes one float per token and statistic i
 compilation. What becomes of the rows is decided after the step, outside the graph (`fold`), where the real tokens are
 known.
 
-On a GPU a group is one stretch, and its operation runs on a branch of the graph beside the attention and the
-output projection that follow.
+On a GPU a group is one stretch, and its operation runs on a branch of the graph beside the projections and the
+attention that follow. It is launched behind the first of them, or its programs would take the multiprocessors first.
 
 On a CPU the compiled graph is whole, and calling an operation takes longer than reading a token, because weights have
 driven its code out of the caches meanwhile: there a group is as many stretches as `_HELD_ELEMENTS` lets wait. Run
@@ -37,7 +37,7 @@ from maxact_vllm.compat import StaticScale
 _AS_EXECUTED: Final = (
     *("k", "v", "o_proj_input", "attn_output", "attn_post_norm"),
     *("mlp_input", "mlp_gate", "down_proj_input", "mlp_output", "post_norm"),
-    *("hidden", "attn_input"),
+    *("hidden", "final_norm", "attn_input"),
 )
 """Sites from one attention to the next in the order a forward meets them."""
 _HELD_ELEMENTS: Final = 1 << 26
@@ -77,7 +77,7 @@ class Tap:
 
 def in_order(taps: Sequence[Tap]) -> list[Tap]:
     """The taps group after group, as `instrument` wants them."""
-    return sorted(taps, key=_position)
+    return [tap for _, tap in sorted(zip(_positions(taps), taps, strict=True), key=lambda pair: pair[0])]
 
 
 def instrument(taps: Sequence[Tap], buffers: Buffers, *, branch: bool) -> None:
@@ -88,10 +88,14 @@ def instrument(taps: Sequence[Tap], buffers: Buffers, *, branch: bool) -> None:
     ops.define(buffers.block.device.type)
     first = 0
     projections = {tap.layer: tap for tap in taps if branch and tap.name == "o_proj_input" and not tap.alone}
+    # None in front of the first attention: a graph that branches so early waits 9 us for its branch (H200).
+    branching: dict[int | None, Tap] = {}
     for stretches in _groups(taps, 0 if branch else _HELD_ELEMENTS // buffers.block.shape[2]):
         num_sites = sum(map(len, stretches))
         own = _buffers_of(slice(first, first + num_sites), buffers)
-        _hook_group(stretches, own, projections, 0 if buffers.block.is_cuda else first)
+        _hook_group(stretches, own, branching, 0 if buffers.block.is_cuda else first)
+        if stretches[0][-1].name == "attn_input":
+            branching = projections
         first += num_sites
 
 
@@ -105,12 +109,19 @@ def _buffers_of(sites: slice, buffers: Buffers) -> dict[str, torch.Tensor]:
     return {"rows": rows, "histograms": histograms, "sampling": buffers.sampling, "scales": scales}
 
 
-def _position(tap: Tap) -> tuple[int, str, int]:
-    """Sort key: the stretch between two attentions, the group in it, the place in the group."""
-    if tap.layer is None:
-        return (-2 if tap.name == "embedding" else 1 << 30), tap.name, 0
-    stretch = tap.layer - (tap.name == "attn_input")
-    return (stretch, tap.name, 0) if tap.alone else (stretch, "", _AS_EXECUTED.index(tap.name))
+def _positions(taps: Sequence[Tap]) -> list[tuple[int, str, int]]:
+    """Sort key of each: the stretch between two attentions, the group in it, the place in the group."""
+    # The final norm belongs to the last layer where it is what returns that layer's residual stream.
+    layers = {id(tap.module): tap.layer for tap in taps if tap.name == "hidden"}
+
+    def position(tap: Tap) -> tuple[int, str, int]:
+        layer = layers.get(id(tap.module)) if tap.name == "final_norm" else tap.layer
+        if layer is None:
+            return (-2 if tap.name == "embedding" else 1 << 30), tap.name, 0
+        stretch = layer - (tap.name == "attn_input")
+        return (stretch, tap.name, 0) if tap.alone else (stretch, "", _AS_EXECUTED.index(tap.name))
+
+    return [position(tap) for tap in taps]
 
 
 def _groups(taps: Sequence[Tap], most: int) -> Iterator[list[list[Tap]]]:
@@ -118,8 +129,8 @@ def _groups(taps: Sequence[Tap], most: int) -> Iterator[list[list[Tap]]]:
     least; what the compiler may not see alone."""
     group: list[list[Tap]] = []
     held = 0
-    for _, taps_of_one in itertools.groupby(taps, key=lambda tap: _position(tap)[:2]):
-        stretch = list(taps_of_one)
+    for _, of_one in itertools.groupby(zip(_positions(taps), taps, strict=True), key=lambda pair: pair[0][:2]):
+        stretch = [tap for _, tap in of_one]
         width = sum(tap.width for tap in stretch)
         if group and (held + width > most or stretch[0].alone or group[0][0].alone):
             yield group
@@ -140,27 +151,29 @@ def _hook_group(
     places = itertools.count(first)
     for stretch in stretches:
         last = stretch[-1]
+        branches = last.name == "attn_input" and last.layer in projections
         names = [f"_maxact_{last.name}_{part}" for part in buffers]
         for name, part in zip(names, buffers.values(), strict=True):
             last.module.register_buffer(name, part, persistent=False)
         for tap in stretch:
-            _collect(tap, next(places), pending, at_once=tap is last, waits=len(stretches) > 1)
+            _collect(tap, next(places), pending, at_once=tap is last, waits=len(stretches) > 1, branches=branches)
         if last.reads in ("output", "residual", "sum"):
             last.module.register_forward_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
-        elif last.name == "attn_input" and last.layer in projections:
-            # From behind the input projection to behind the output projection: what runs there leaves the GPU room.
-            # Not longer: the norm that comes next may write over what it is given.
+        elif branches:
+            # To behind the output projection and not longer: the norm that comes next may write over what it is given.
             end = projections[last.layer].module
             end.register_buffer("_maxact_branch", buffers["rows"], persistent=False)
-            last.module.register_forward_hook(_forking(pending, names))
+            last.module.register_forward_pre_hook(_forking(pending, names[0]))
+            last.module.register_forward_hook(_branching(pending, names))
             end.register_forward_hook(_joining(pending))
         else:
             last.module.register_forward_pre_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
 
 
-def _collect(tap: Tap, index: int, pending: Pending, *, at_once: bool, waits: bool) -> None:
+def _collect(tap: Tap, index: int, pending: Pending, *, at_once: bool, waits: bool, branches: bool) -> None:
     argument = _ARGUMENTS.get(tap.reads)
     # What a block returns, the norm behind it may write over: it is read from a copy, which Inductor finds to be none.
+    force = _in_one_place() if branches else None
     copied = tap.reads == "output" and tap.name not in _NEVER_WRITTEN_OVER and not at_once
 
     def keep(x: Any) -> None:
@@ -168,7 +181,8 @@ def _collect(tap: Tap, index: int, pending: Pending, *, at_once: bool, waits: bo
             pending.clear()
         if isinstance(x, torch.Tensor) and (x.ndim == 2 or x.shape[0] == 1):  # one row per token
             later = waits and torch.compiler.is_compiling() and tap.name not in _NEVER_WRITTEN_OVER
-            pending.append((index, _readable(x.clone() if later else x)))
+            x = _readable(x.clone() if later else x)
+            pending.append((index, force(x, x.stride()) if force and torch.compiler.is_compiling() else x))
 
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = (*args, *kwargs.values())[argument or 0]
@@ -199,6 +213,15 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _in_one_place() -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
+    """What makes a tensor one buffer to Inductor. What is cheap to compute it computes once more for each operation
+    that reads it, and uses the memory again as soon as that one was launched: a branch would read what came after."""
+    from torch._inductor import inductor_prims
+
+    force: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] = inductor_prims.force_stride_order
+    return force
+
+
 def _observing(pending: Pending, names: Sequence[str], *, waits: bool) -> Callable[..., None]:
     def hook(module: nn.Module, *_: Any) -> None:
         if waits and torch.compiler.is_compiling():
@@ -210,22 +233,33 @@ def _observing(pending: Pending, names: Sequence[str], *, waits: bool) -> Callab
     return hook
 
 
-def _forking(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
+def _forking(pending: Pending, rows: str) -> Callable[..., None]:
     def hook(module: nn.Module, *_: Any) -> None:
+        torch.ops.maxact.fork([x for _, x in pending], getattr(module, rows))
+
+    return hook
+
+
+def _branching(pending: Pending, names: Sequence[str]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         buffers = [getattr(module, name) for name in names]
-        torch.ops.maxact.fork([x for _, x in pending], *buffers, [place for place, _ in pending])
+        tensors, places = [x for _, x in pending], [place for place, _ in pending]
+        torch.ops.maxact.branch(tensors, *buffers, places, _made(output))
 
     return hook
 
 
 def _joining(pending: Pending) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # What the projection made is an argument so that the join comes behind it.
-        made = [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
-        torch.ops.maxact.join([*(x for _, x in pending), *made], module._maxact_branch)
+        torch.ops.maxact.join([*(x for _, x in pending), *_made(output)], module._maxact_branch)
         pending.clear()
 
     return hook
+
+
+def _made(output: Any) -> list[torch.Tensor]:
+    """What a projection made: an argument of what has to come behind it, or the compiler moves that in front."""
+    return [x for x in (output if isinstance(output, tuple) else (output,)) if isinstance(x, torch.Tensor)]
 
 
 assert set(_AS_EXECUTED) <= set(stats.SITES), "groups are made of known sites"

@@ -323,7 +323,7 @@ void observe(
   int64_t* const counts = static_cast<int64_t*>(histograms.data_ptr());
   std::vector<Site> sites;
   sites.reserve(tensors.size());
-  int64_t num_rows = 0, num_elements = 0;
+  int64_t most_tokens = 0, row_width = 0;
   for (size_t k = 0; k < tensors.size(); ++k) {
     const Tensor& x = tensors[k];
     const ScalarType type = x.scalar_type();
@@ -334,19 +334,18 @@ void observe(
     sites.push_back(
         {x.data_ptr(), type, num_tokens, width, x.stride(0), {all_rows + place * stride_site, 1, stride_token},
          limits ? limits + place * stride_scale : nullptr, counts + place * kNumBins});
-    num_rows += num_tokens;
-    num_elements += num_tokens * width;
+    most_tokens = std::max(most_tokens, num_tokens);
+    row_width += width;
   }
-  // All rows of all tensors are one range, so that the few rows of a decode step keep every thread busy, too.
-  const int64_t grain = kElementsPerTask / (num_elements / std::max<int64_t>(num_rows, 1) + 1) + 1;
-  torch::stable::parallel_for(0, num_rows, grain, [&](int64_t first, int64_t last) {
-    int64_t start = 0;
-    for (const Site& site : sites) {
-      const int64_t here = site.num_tokens;
-      if (first < start + here && last > start) {
-        reduce(site, std::max<int64_t>(first - start, 0), std::min(last - start, here));
-      }
-      start += here;
+  // All rows of all tensors are one range, so that the one row of a decode step keeps every thread busy, too; token
+  // after token, so that a thread reads of a large step the tokens that the same thread has made.
+  const int64_t num_sites = sites.size();
+  const int64_t grain = kElementsPerTask / (row_width / std::max<int64_t>(num_sites, 1) + 1) + 1;
+  torch::stable::parallel_for(0, most_tokens * num_sites, grain, [&](int64_t first, int64_t last) {
+    for (int64_t k = 0; k < num_sites; ++k) {
+      // the tokens for which first <= token * num_sites + k < last
+      const int64_t begin = (first - k + num_sites - 1) / num_sites, end = (last - k + num_sites - 1) / num_sites;
+      reduce(sites[k], begin, std::min(end, sites[k].num_tokens));
     }
   });
   const Sampling sampled(*static_cast<const int64_t*>(sampling.data_ptr()));

@@ -1,12 +1,14 @@
 """Hop 2/9: what is computed of a site: max, min, sum of squares and sum of magnitudes of each token row; of a sample
 of the rows a histogram of magnitudes too; under a static scale how many elements it saturates and zeroes.
 
-Three operations (`ops`) that the compiler sees as a whole:
+Four operations (`ops`) that the compiler sees as a whole:
 
 - ``observe(tensors, rows, histograms, sampling, scales, sites)``: ``tensors[k]`` ``[tokens, width]`` is reduced into
   ``rows[sites[k]]`` and counted in ``histograms[sites[k]]``.
-- ``fork``: the same on a side stream, a parallel branch of a CUDA graph; ``join(tensors, rows)`` makes the model's
-  stream wait for it. The tensors are arguments of both, so their memory is not used again in between.
+- ``branch``: the same on a side stream, a parallel branch of a CUDA graph. It begins where ``fork(tensors, rows)``
+  stands, and is launched when ``behind`` was: of two kernels that could start at once, the GPU starts the one that was
+  launched first. ``join(tensors, rows)`` makes the model's stream wait for it. The tensors are arguments of all three,
+  so their memory is not used again in between.
 
 ``rows``: float32 ``[sites, NUM_ROWS or COUNTED_ROWS, padded tokens]``; on a CPU ``[padded tokens, sites, rows]``, as it
 lies in memory: Inductor would copy what is not contiguous. All operations write it, as far as the compiler can tell,

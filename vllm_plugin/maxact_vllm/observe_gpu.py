@@ -28,6 +28,8 @@ _BLOCK_OF_COUNTS = 1024
 _WARPS = 8
 _failed: list[bool] = []
 """Holds something after the first failure."""
+_forks: list[torch.cuda.Event] = []
+"""Where the next branch begins."""
 _branches: list[torch.cuda.Stream] = []
 """What the current stream has to wait for."""
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -174,24 +176,32 @@ def _launch(
         _compiled[kind] = _observe_kernel[grid](*operands, *constants, num_warps=_WARPS)
 
 
-def fork(
+def fork(tensors: list[torch.Tensor], rows: torch.Tensor) -> None:
+    """A branch of the CUDA graph begins here, if there is one.
+
+    Launched from the host, a branch would hold that up longer than it saves the GPU; where each stretch between two
+    attentions is a graph of its own, it would outlive that graph: then there is none.
+    """
+    _forks.clear()
+    if torch.cuda.is_current_stream_capturing() and not compat.captures_pieces():
+        _forks.append(torch.cuda.current_stream(rows.device).record_event())
+
+
+def branch(
     tensors: list[torch.Tensor],
     rows: torch.Tensor,
     histograms: torch.Tensor,
     sampling: torch.Tensor,
     scales: torch.Tensor,
     sites: list[int],
+    behind: list[torch.Tensor],
 ) -> None:
-    """The same on the side stream, behind what the current one has done so far: a branch of the CUDA graph.
-
-    Launched from the host, a branch would hold that up longer than it saves the GPU; where each stretch between two
-    attentions is a graph of its own, it would outlive that graph: then there is none.
-    """
-    if not torch.cuda.is_current_stream_capturing() or compat.captures_pieces():
+    """`observe` from the fork on: on a side stream, behind what the current one had done by then."""
+    if not _forks:
         observe(tensors, rows, histograms, sampling, scales, sites)
         return
     side = _side_stream(rows.device)
-    side.wait_stream(torch.cuda.current_stream(rows.device))
+    side.wait_event(_forks.pop())
     with torch.cuda.stream(side):
         observe(tensors, rows, histograms, sampling, scales, sites)
     _branches.append(side)
