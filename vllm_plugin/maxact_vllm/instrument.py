@@ -47,6 +47,7 @@ _NEVER_WRITTEN_OVER: Final = ("mlp_gate",)
 
 Reads = Literal["input", "second argument", "third argument", "output", "residual", "sum"]
 _ARGUMENTS: Final = {"input": 0, "second argument": 1, "third argument": 2}
+Keep = Callable[[torch.Tensor, str], torch.Tensor]
 Pending = list[tuple[int, torch.Tensor]]
 """Sites of a group met so far in this forward: place in its buffers, tensor ``[tokens, width]``."""
 
@@ -149,17 +150,17 @@ def _hook_group(
     """``first``: where the group's sites begin in ``buffers``."""
     pending: Pending = []
     places = itertools.count(first)
+    keep = _kept_for_a_branch() if projections else _kept_for_later if len(stretches) > 1 else None
     for stretch in stretches:
         last = stretch[-1]
-        branches = last.name == "attn_input" and last.layer in projections
         names = [f"_maxact_{last.name}_{part}" for part in buffers]
         for name, part in zip(names, buffers.values(), strict=True):
             last.module.register_buffer(name, part, persistent=False)
         for tap in stretch:
-            _collect(tap, next(places), pending, at_once=tap is last, waits=len(stretches) > 1, branches=branches)
+            _collect(tap, next(places), pending, at_once=tap is last, keep=keep)
         if last.reads in ("output", "residual", "sum"):
             last.module.register_forward_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
-        elif branches:
+        elif last.name == "attn_input" and last.layer in projections:
             # To behind the output projection and not longer: the norm that comes next may write over what it is given.
             end = projections[last.layer].module
             end.register_buffer("_maxact_branch", buffers["rows"], persistent=False)
@@ -170,35 +171,34 @@ def _hook_group(
             last.module.register_forward_pre_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
 
 
-def _collect(tap: Tap, index: int, pending: Pending, *, at_once: bool, waits: bool, branches: bool) -> None:
+def _collect(tap: Tap, index: int, pending: Pending, *, at_once: bool, keep: Keep | None) -> None:
+    """``keep``: what the compiled graph does with a tensor until its group is read."""
     argument = _ARGUMENTS.get(tap.reads)
     # What a block returns, the norm behind it may write over: it is read from a copy, which Inductor finds to be none.
-    force = _in_one_place() if branches else None
     copied = tap.reads == "output" and tap.name not in _NEVER_WRITTEN_OVER and not at_once
 
-    def keep(x: Any) -> None:
+    def add(x: Any) -> None:
         if any(place == index for place, _ in pending):  # the last site of the group did not run
             pending.clear()
         if isinstance(x, torch.Tensor) and (x.ndim == 2 or x.shape[0] == 1):  # one row per token
-            later = waits and torch.compiler.is_compiling() and tap.name not in _NEVER_WRITTEN_OVER
-            x = _readable(x.clone() if later else x)
-            pending.append((index, force(x, x.stride()) if force and torch.compiler.is_compiling() else x))
+            x = _readable(x)
+            pending.append((index, keep(x, tap.name) if keep and torch.compiler.is_compiling() else x))
 
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = (*args, *kwargs.values())[argument or 0]
-        keep(x.flatten(1) if argument and isinstance(x, torch.Tensor) else x)  # of one row per token and head
+        add(x.flatten(1) if argument and isinstance(x, torch.Tensor) else x)  # of one row per token and head
 
     def on_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         given = (*args, *kwargs.values())
         parts = output if isinstance(output, tuple) else (output,)
         if tap.reads == "residual":
-            keep(parts[1] if len(parts) > 1 else given[0])
+            add(parts[1] if len(parts) > 1 else given[0])
         elif tap.reads == "sum":
-            keep(parts[0] + parts[1])
+            add(parts[0] + parts[1])
         else:
             x = given[-1] if output is None else parts[0]
             x = x[..., : tap.width] if x.shape[-1] > tap.width else x
-            keep(x.clone() if copied else x)
+            add(x.clone() if copied else x)
 
     if argument is not None:
         tap.module.register_forward_pre_hook(on_input, with_kwargs=True)
@@ -213,13 +213,24 @@ def _readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _in_one_place() -> Callable[[torch.Tensor, Sequence[int]], torch.Tensor]:
-    """What makes a tensor one buffer to Inductor. What is cheap to compute it computes once more for each operation
-    that reads it, and uses the memory again as soon as that one was launched: a branch would read what came after."""
+def _kept_for_later(x: torch.Tensor, name: str) -> torch.Tensor:
+    """``x`` as it is now, for an operation behind many layers, as one buffer that Inductor makes here.
+
+    What is cheap to compute, such as a sum of two streams, it would compute once more for that operation: keep and add
+    up the outputs of all layers before. What is read by strides it lays down; the copy it finds to be none.
+    """
+    if name in _NEVER_WRITTEN_OVER:
+        return x
+    copy = x.clone()
+    return copy.as_strided(copy.shape, copy.stride())
+
+
+def _kept_for_a_branch() -> Keep:
+    """The same for a branch of a CUDA graph. Where Inductor computes a tensor for each operation that reads it, it
+    writes over what it gave the branch as soon as that is launched, and the branch would read what came after."""
     from torch._inductor import inductor_prims
 
-    force: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] = inductor_prims.force_stride_order
-    return force
+    return lambda x, name: inductor_prims.force_stride_order(x, x.stride())
 
 
 def _observing(pending: Pending, names: Sequence[str], *, waits: bool) -> Callable[..., None]:
