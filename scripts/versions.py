@@ -29,6 +29,8 @@ TESTS = (
     "tests/vllm_plugin/test_command_line.py",
     "tests/vllm_plugin/test_canary.py",
     "tests/vllm_plugin/test_inert.py",
+    "tests/vllm_plugin/test_step.py",
+    "tests/vllm_plugin/test_observe.py",
     "tests/vllm_plugin/test_exactness.py",
     "tests/vllm_plugin/test_modes.py",
     "tests/vllm_plugin/test_deployed_scales.py",
