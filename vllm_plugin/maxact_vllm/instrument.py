@@ -42,8 +42,8 @@ _AS_EXECUTED: Final = (
 """Sites from one attention to the next in the order a forward meets them."""
 _HELD_ELEMENTS: Final = 1 << 26
 """Of tensors that wait for the operation of their group on a CPU, in the largest step: 128 MiB in bfloat16."""
-_NEVER_WRITTEN_OVER: Final = ("mlp_gate",)
-"""Outputs that nothing writes over: a copy of half a merged projection would be a real one."""
+_NEVER_WRITTEN_OVER: Final = ("mlp_gate", "v")
+"""Parts of a merged projection, which nothing writes over: a copy of a part would be a real one."""
 
 Reads = Literal["input", "second argument", "third argument", "output", "residual", "sum"]
 _ARGUMENTS: Final = {"input": 0, "second argument": 1, "third argument": 2}
