@@ -147,10 +147,13 @@ def _hook_group(
     projections: Mapping[int | None, Tap],
     first: int,
 ) -> None:
-    """``first``: where the group's sites begin in ``buffers``."""
+    """``projections``: the output projections a branch may end behind; ``first``: where the group's sites begin in
+    ``buffers``."""
     pending: Pending = []
     places = itertools.count(first)
-    keep = _kept_for_a_branch() if projections else _kept_for_later if len(stretches) > 1 else None
+    at_last = stretches[-1][-1]
+    projection = projections.get(at_last.layer) if at_last.name == "attn_input" else None
+    keep = _kept_for_a_branch() if projection else _kept_for_later if len(stretches) > 1 else None
     for stretch in stretches:
         last = stretch[-1]
         names = [f"_maxact_{last.name}_{part}" for part in buffers]
@@ -160,13 +163,12 @@ def _hook_group(
             _collect(tap, next(places), pending, at_once=tap is last, keep=keep)
         if last.reads in ("output", "residual", "sum"):
             last.module.register_forward_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
-        elif last.name == "attn_input" and last.layer in projections:
+        elif projection:
             # To behind the output projection and not longer: the norm that comes next may write over what it is given.
-            end = projections[last.layer].module
-            end.register_buffer("_maxact_branch", buffers["rows"], persistent=False)
+            projection.module.register_buffer("_maxact_branch", buffers["rows"], persistent=False)
             last.module.register_forward_pre_hook(_forking(pending, names[0]))
             last.module.register_forward_hook(_branching(pending, names))
-            end.register_forward_hook(_joining(pending))
+            projection.module.register_forward_hook(_joining(pending))
         else:
             last.module.register_forward_pre_hook(_observing(pending, names, waits=stretch is not stretches[-1]))
 
