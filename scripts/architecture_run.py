@@ -299,6 +299,8 @@ def _engine(recipe: Recipe, folder: Path, mode: str, endpoint: str) -> Any:
     if not recipe.weights:
         _wide_dummy_weights()
     native: dict[str, Any] = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
+    # On processors with AMX vLLM prefers latent attention that takes no float32.
+    plain: dict[str, Any] = {"attention_backend": "CPU_MLA"} if recipe.dtype == "float32" else {}
     return LLM(
         model=str(folder),
         skip_tokenizer_init=True,
@@ -310,6 +312,7 @@ def _engine(recipe: Recipe, folder: Path, mode: str, endpoint: str) -> Any:
         load_format="auto" if recipe.weights else "dummy",
         additional_config={"maxact": {"endpoint": endpoint, "interval": 0.2, "sites": "all"}},
         **(native if mode == "native" else {}),
+        **plain,
     )
 
 

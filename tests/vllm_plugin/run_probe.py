@@ -11,6 +11,7 @@ import sys
 import threading
 from typing import Any
 
+import torch
 from changes import ACCIDENTS, CHANGES
 
 
@@ -35,6 +36,9 @@ def main(model: str, additional: str, change: str = "") -> None:
     """Serve one request, then look around."""
     if change:
         (CHANGES | ACCIDENTS)[change].make()
+    # On processors with AMX vLLM 0.32's attention uses it whether or not anything has asked Linux for it: an illegal
+    # instruction where no product in bfloat16 came first.
+    torch.cpu._init_amx()
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
