@@ -1,8 +1,8 @@
 // Hops 2/9 and 3/9 on a CPU: the kernels of `observe` and `fold`, built at the first start against torch's stable ABI.
 //
-// One pass over every row: max, min, sum of squares, sum of magnitudes, sixteen values at a time in float32. Rows of the
-// sample are counted into a histogram of magnitudes as well; under static scales a second pass counts what they saturate
-// and zero. After the step one pass over what the rows gave.
+// One pass over every row, a register at a time: max, min, sum of squares, sum of magnitudes, both sums in float32. Rows
+// of the sample are counted into a histogram of magnitudes as well; under static scales a second pass counts what they
+// saturate and zero. After the step one pass over what the rows gave.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
