@@ -4,10 +4,11 @@
 
 Columns: ``base`` and ``base2`` are the same engine twice (the difference between the two is the noise of the method),
 ``serving``/``paper``/``all`` observe that preset and stream to a receiver on loopback, ``eager`` is vLLM without
-torch.compile and CUDA graphs. All engines live side by side and answer the same requests at the same time, a few steps
-each in turn (``--turn``), in an order that is turned by one every time: so a neighbour on the machine, its clocks and
-its heat meet all columns alike. The first two steps of a turn are left out: they find the caches full of another
-engine, and under async scheduling its last step still on the GPU.
+torch.compile and CUDA graphs. A digit behind any of them makes one more engine of its kind. All engines live side by
+side and answer the same requests at the same time, a few steps each in turn (``--turn``), in an order that is turned by
+one every time: so a neighbour on the machine, its clocks and its heat meet all columns alike. The first two steps of a
+turn are left out: they find the caches full of another engine, and under async scheduling its last step still on the
+GPU.
 
 The figure of a column is the median of the ratios (its seconds of a turn / base's seconds of the same turn); beside it
 stand their interquartile range and the 95 % confidence interval of the median. A turn of prefill is one long prompt.
@@ -55,7 +56,7 @@ def main() -> None:
     from receiver import Listening
 
     with contextlib.ExitStack() as stack:
-        receivers = {column: stack.enter_context(Listening()) for column in args.columns if column in PRESETS}
+        receivers = {column: stack.enter_context(Listening()) for column in args.columns if _kind(column) in PRESETS}
         with _windows_later():
             engines = {column: _engine(column, args, receivers.get(column)) for column in args.columns}
         rows = []
@@ -133,17 +134,21 @@ def _background(engines: int) -> float:
     return round(100 * seconds / (time.monotonic() - STARTED) / max(engines, 1), 2)
 
 
+def _kind(column: str) -> str:
+    return column.rstrip("0123456789")
+
+
 def _engine(column: str, args: argparse.Namespace, listening: Any) -> Any:
     from vllm import LLM
 
     kwargs: dict[str, Any] = {}
     if listening:
-        kwargs["additional_config"] = {"maxact": {"sites": column, "endpoint": listening.endpoint}}
+        kwargs["additional_config"] = {"maxact": {"sites": _kind(column), "endpoint": listening.endpoint}}
     if args.memory:
         kwargs["gpu_memory_utilization"] = args.memory
     if args.dummy:
         kwargs["load_format"] = "dummy"
-    if args.capture_sizes and column != "eager":
+    if args.capture_sizes and _kind(column) != "eager":
         kwargs["compilation_config"] = {"cudagraph_capture_sizes": args.capture_sizes}
     started = time.monotonic()
     engine = LLM(
@@ -152,7 +157,7 @@ def _engine(column: str, args: argparse.Namespace, listening: Any) -> Any:
         max_model_len=max(args.prefill + 16, args.prompt + args.steps + 32),
         max_num_seqs=max(*args.batches, 8),
         max_num_batched_tokens=max(2048, args.prefill + 16),
-        enforce_eager=column == "eager",
+        enforce_eager=_kind(column) == "eager",
         enable_prefix_caching=False,
         disable_log_stats=True,
         **kwargs,

@@ -1,8 +1,9 @@
 """Hop 2/9 on a GPU: the kernel of `observe`, one program per (token, site).
 
-It reduces every row, and of a row of the sample counts every element by an atomic addition: that takes no register and
-no shared memory from the other rows, which Triton's histogram does, so both are one launch. Widths are constants of the
-kernel: its loops unroll, so that all loads of a row are under way at once (docs/performance.md).
+It reduces every row. Rows of the sample have programs of their own in the same launch, in front of the others, which
+count their elements too: per program first, because atomic additions of one element each queue up where many fall into
+one bin, as zeros and the values of an untrained model do. Widths are constants of the kernel: its loops unroll, so that
+all loads of a row are under way at once (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import triton.language as tl
 from maxact_proto import stats
 from maxact_vllm import compat, logger
 from maxact_vllm.buffers import NUM_ROWS
-from maxact_vllm.observe import SAMPLING_BITS
+from maxact_vllm.observe import MOST_ROWS, SAMPLING_BITS
 
 FIRST_BIN = tl.constexpr(2 * (127 + stats.LOWEST_OCTAVE))
 """Exponent and first bit of the mantissa where the first bin begins, as they stand in a float32."""
 FIELD_BITS = tl.constexpr(SAMPLING_BITS)
 FIELD = tl.constexpr((1 << SAMPLING_BITS) - 1)
+COUNTED = tl.constexpr(MOST_ROWS)
 _BLOCK = 2048
-_BLOCK_OF_COUNTS = 1024
 _WARPS = 8
 _failed: list[bool] = []
 """Holds something after the first failure."""
@@ -83,12 +84,14 @@ def _reduce_row(  # type: ignore[no-untyped-def]
 def _count_row(  # type: ignore[no-untyped-def]
     x, WIDTH: tl.constexpr, histogram, weight, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):  # fmt: skip
+    counts = tl.zeros([BINS], tl.int32)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         value = tl.load(x + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         place = tl.minimum(tl.maximum((bits >> 22) - FIRST_BIN, 0), BINS - 1)
-        tl.atomic_add(histogram + place, weight, mask=column < WIDTH, sem="relaxed")
+        counts += tl.histogram(place, BINS, mask=column < WIDTH)
+    tl.atomic_add(histogram + tl.arange(0, BINS), counts * weight, sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -108,23 +111,23 @@ def _observe_kernel(  # type: ignore[no-untyped-def]
     BINS: tl.constexpr,
     COUNTS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_OF_COUNTS: tl.constexpr,
 ):
     which = tl.program_id(0) % NUM
-    row = tl.program_id(0) // NUM
-    token = row.to(tl.int64)
+    turn = tl.program_id(0) // NUM
     packed = tl.load(sampling)
     weight = (packed >> FIELD_BITS) & FIELD
-    ahead = row - (packed & FIELD).to(tl.int32)
     last = (packed >> 2 * FIELD_BITS).to(tl.int32)
-    counted = (row < last) & (ahead >= 0) & (ahead % tl.maximum(weight.to(tl.int32), 1) == 0)
+    # A row that is counted is reduced in its turn as well: both write the same.
+    counted = turn < COUNTED
+    row = tl.where(counted, ((packed & FIELD) + turn * weight).to(tl.int32), turn - COUNTED)
+    token = row.to(tl.int64)
     for index in tl.static_range(NUM):
-        if which == index:
+        if (which == index) & ((turn >= COUNTED) | (row < last)):
             x = tensors[index] + token * STRIDES[index]
             out = rows + SITES[index] * STRIDE_SITE + token
             total = _reduce_row(x, WIDTHS[index], out, STRIDE_STAT, scales + SITES[index] * STRIDE_SCALE, BLOCK, COUNTS)
             if counted & (total < float("inf")):
-                _count_row(x, WIDTHS[index], histograms + SITES[index] * BINS, weight, BLOCK_OF_COUNTS, BINS)
+                _count_row(x, WIDTHS[index], histograms + SITES[index] * BINS, weight, BLOCK, BINS)
 
 
 def observe(
@@ -164,11 +167,11 @@ def _launch(
     operands = (tuple(tensors), rows, histograms, sampling, scales)
     strides, widths = tuple(x.stride(0) for x in tensors), tuple(x.shape[1] for x in tensors)
     shape = (strides, widths, tuple(sites), rows.stride(0), rows.stride(1), scales.stride(0), len(tensors))
-    constants = (*shape, stats.NUM_BINS, rows.shape[1] > NUM_ROWS, _BLOCK, _BLOCK_OF_COUNTS)
+    constants = (*shape, stats.NUM_BINS, rows.shape[1] > NUM_ROWS, _BLOCK)
     aligned = tuple(x.data_ptr() % 16 == 0 for x in (*tensors, rows, histograms, sampling, scales))
     kind = (constants, aligned, tuple(x.dtype for x in tensors))
     stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else None
-    grid = (num_tokens * len(tensors), 1, 1)
+    grid = ((MOST_ROWS + num_tokens) * len(tensors), 1, 1)
     compiled = _compiled.get(kind)
     if compiled:
         compiled[grid](*operands, *constants, stream=stream)
