@@ -44,12 +44,21 @@ def test_help_shows_the_flags() -> None:
             ("--maxact-token-file", "/dev/null"),
             "argument --maxact-token-file: maxact token_file: /dev/null: holds no token",
         ),
+        (
+            ("--maxact-tls-cert", __file__),
+            "error: maxact tls_cert: certificate and key are needed together, tls_cert and tls_key",
+        ),
+        (
+            ("--additional-config", '{"maxact": {"interva": 5}}'),
+            "error: maxact: unknown setting 'interva'; known are endpoint, sites, interval",
+        ),
     ],
 )
 def test_a_bad_flag_is_an_argument_error_before_a_model_loads(
     arguments: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     done = vllm("serve", str(tmp_path / "no-such-model"), *arguments)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stderr
+    assert "Traceback" not in done.stderr
     assert "no-such-model" not in done.stderr.split(message)[1]

@@ -45,7 +45,10 @@ DECODE_STEPS: Final = 8
 
 
 def packed(num_tokens: int, every: int, offset: int) -> int:
-    """``sampling``: of the first ``num_tokens`` rows one in ``every``, from ``offset`` on, each weighs ``every``."""
+    """``sampling``: of the first ``num_tokens`` rows one in ``every``, from ``offset`` on, each weighs ``every``.
+
+    A GPU counts the first `MOST_ROWS` of them: `sampled` asks for no more.
+    """
     return num_tokens << 2 * SAMPLING_BITS | every << SAMPLING_BITS | offset
 
 

@@ -65,6 +65,10 @@ def _wrap_engine_args() -> None:
     def from_cli_with_maxact(cls: Any, args: argparse.Namespace) -> Any:
         engine_args = from_cli_args(cls, args)
         carry_flags(args, engine_args)
+        try:
+            complete(engine_args)
+        except SettingsError as error:  # settings that do not fit together, or come from elsewhere than a flag
+            argparse.ArgumentParser().exit(2, f"vllm: error: {error}\n")
         return engine_args
 
     @functools.wraps(create_engine_config)
