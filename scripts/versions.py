@@ -23,7 +23,7 @@ from bootstrap import ROOT, VENV, VLLM_VERSION
 from progress import Reporter, SetupError
 
 VERSIONS = (VLLM_VERSION, "0.31.0", "0.30.0")
-"""The window. `maxact_vllm.canary.RUN` names the same minors."""
+"""The window. `maxact_vllm.canary.RUN` names the same minors, and 0.26, which was run on a GPU."""
 
 TESTS = (
     "tests/vllm_plugin/test_command_line.py",

@@ -89,5 +89,5 @@ def test_a_version_that_nobody_tried_is_said_to_be_one(monkeypatch: pytest.Monke
     import vllm
 
     assert canary.untried() == (
-        f"maxact was run on vLLM 0.1 to 0.2, not on {vllm.__version__}; what it wraps is in place, so it observes"
+        f"maxact was run on vLLM 0.1, 0.2, not on {vllm.__version__}; what it wraps is in place, so it observes"
     )

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-RUN: Final = ("0.30", "0.31", "0.32")
-"""Minors the tests were run with (docs/versions.md)."""
+RUN: Final = ("0.26", "0.30", "0.31", "0.32")
+"""Minors it was run with: the first on a GPU by the benchmarks, the others on a CPU by the tests (docs/versions.md)."""
 READ: Final = "0.26 to 0.32"
 """Versions whose code was read for every name below."""
 
@@ -117,13 +117,13 @@ def by_class() -> Iterator[tuple[str, str, str]]:
 
 
 def untried() -> str:
-    """A sentence about a vLLM that the tests were not run with; empty for one they were."""
+    """A sentence about a vLLM that maxact was not run with; empty for one it was."""
     from vllm import __version__ as version
 
     minor = re.match(r"\d+\.\d+", version)
     if minor and minor[0] in RUN:
         return ""
-    return f"maxact was run on vLLM {RUN[0]} to {RUN[-1]}, not on {version}; what it wraps is in place, so it observes"
+    return f"maxact was run on vLLM {', '.join(RUN)}, not on {version}; what it wraps is in place, so it observes"
 
 
 def _first_fault(seams: Any, live: dict[str, Any] | None = None) -> str:
