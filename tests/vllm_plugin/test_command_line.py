@@ -44,14 +44,6 @@ def test_help_shows_the_flags() -> None:
             ("--maxact-token-file", "/dev/null"),
             "argument --maxact-token-file: maxact token_file: /dev/null: holds no token",
         ),
-        (
-            ("--maxact-tls-cert", __file__),
-            "error: maxact tls_cert: certificate and key are needed together, tls_cert and tls_key",
-        ),
-        (
-            ("--additional-config", '{"maxact": {"interva": 5}}'),
-            "error: maxact: unknown setting 'interva'; known are endpoint, sites, interval",
-        ),
     ],
 )
 def test_a_bad_flag_is_an_argument_error_before_a_model_loads(
@@ -62,3 +54,29 @@ def test_a_bad_flag_is_an_argument_error_before_a_model_loads(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "no-such-model" not in done.stderr.split(message)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--maxact-endpoint", "10.0.0.1:4471", "--maxact-token-file", "TOKEN"),
+            "error: maxact token_file: the token would go to 10.0.0.1:4471 unencrypted; give tls_ca",
+        ),
+        (
+            ("--additional-config", '{"maxact": {"interva": 5}}'),
+            "error: maxact: unknown setting 'interva'; known are endpoint, sites, interval",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_an_error_before_the_model_loads(
+    arguments: tuple[str, ...], message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("secret\n")
+    given = [argument.replace("TOKEN", str(token)) for argument in arguments]
+    done = vllm("serve", str(tiny_llama), "--skip-tokenizer-init", *given)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "load model" not in done.stderr + done.stdout
